@@ -1,0 +1,404 @@
+"""Save and load adapters in PEFT's file format.
+
+A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; keys
+``base_model.model.<module>.lora_A.weight`` (r, d_in) and ``.lora_B.weight``
+(d_out, r), for embeddings ``.lora_embedding_A`` and ``_B`` without ending.
+Source: PEFT 0.21, docs "PEFT checkpoint format".
+Taught in: notebooks/04_lora_model.ipynb
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_from_scratch.config import LoRAConfig
+from lora_from_scratch.inject import (
+    add_lora,
+    ends_with,
+    lora_layers,
+    remove_lora,
+)
+from lora_from_scratch.linear import LoRAConv1D, LoRAEmbedding
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SAMPLE = 16  # base weights remembered per adapted layer
+TOLERANCE = 5e-3  # bfloat16 rounding moves them by 0.2 %, training by more
+
+# Keys that PEFT writes and that change nothing about the loaded adapter.
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+}
+# Ways to initialise that leave the base model as it is.
+PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be saved or loaded; the message says why."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder, read and checked, before any model is touched."""
+
+    folder: Path
+    config: LoRAConfig
+    base_name: str | None
+    tensors: dict[str, Tensor]  # PEFT's keys without PREFIX
+    base_sample: dict[str, list[float]] | None
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapter of ``model`` to ``folder``, readable by PEFT.
+
+    Both files are written beside their places first and renamed at the end:
+    after an error, an adapter that stood in ``folder`` is still whole.
+
+    Raises:
+        AdapterError: no LoRA layers, NaN or infinity in the adapter, or the
+            folder cannot be written.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA layers to save; call "
+            "add_lora or load_adapter first"
+        )
+    tensors = _tensors(model, layers)
+    _check_finite(tensors, "the model; nothing was saved")
+    config = json.dumps(_peft_config(model, layers), indent=2) + "\n"
+    sample = {n: _base_sample(layer) for n, layer in layers.items()}
+    metadata = {"format": "pt", "base_sample": json.dumps(sample)}
+    folder = Path(folder)
+    parts = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            handle, part = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+            os.close(handle)
+            parts.append((part, folder / name))
+        save_file(tensors, parts[0][0], metadata=metadata)
+        Path(parts[1][0]).write_text(config, encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        for part, _ in parts:
+            os.chmod(part, 0o666 & ~umask)  # mkstemp's files are private
+        for part, place in parts:
+            os.replace(part, place)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"cannot write the adapter to {folder}: {error}. What was there "
+            "before is unchanged; free some space or choose another folder"
+        ) from error
+    finally:
+        for part, _ in parts:
+            Path(part).unlink(missing_ok=True)
+
+
+def _keys(name, layer):
+    """Return PEFT's names of A and B of one layer."""
+    if isinstance(layer, LoRAEmbedding):
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+
+
+def _tensors(model, layers):
+    tensors = {}
+    for name, layer in layers.items():
+        key_A, key_B = _keys(name, layer)
+        tensors[PREFIX + key_A] = layer.lora_A
+        tensors[PREFIX + key_B] = layer.lora_B
+    for name in model.lora_originals:
+        state = model.get_submodule(name).state_dict()
+        tensors |= {f"{PREFIX}{name}.{k}": v for k, v in state.items()}
+    # copies: safetensors refuses tensors that share memory
+    return {k: v.detach().cpu().clone() for k, v in tensors.items()}
+
+
+def _peft_config(model, layers):
+    """Return the keys of PEFT's LoraConfig that describe this adapter."""
+    config = model.lora_config
+    targets = config.target_modules
+    if targets == "all-linear":
+        targets = _short_names(model, layers)
+    kind = type(model).__name__
+    task = None
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        task = "CAUSAL_LM"
+    elif kind.endswith("ForSequenceClassification"):
+        task = "SEQ_CLS"
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": _base_name(model),
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets
+        if isinstance(targets, str)
+        else list(targets),
+        "modules_to_save": list(model.lora_originals) or None,
+        "rank_pattern": {n: m.r for n, m in layers.items() if m.r != config.r},
+        "alpha_pattern": {
+            n: m.lora_alpha
+            for n, m in layers.items()
+            if m.lora_alpha != config.lora_alpha
+        },
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "bias": "none",
+        "fan_in_fan_out": any(
+            isinstance(m, LoRAConv1D) for m in layers.values()
+        ),
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _short_names(model, layers):
+    """Return the shortest endings that select exactly ``layers``."""
+    names = {n.removesuffix(".base_layer") for n, _ in model.named_modules()}
+    names = {n for n in names if ".lora_" not in n}
+    endings = sorted({n.rsplit(".", 1)[-1] for n in layers})
+    if {n for n in names if ends_with(n, endings)} == set(layers):
+        return endings
+    return sorted(layers)
+
+
+def _base_name(model):
+    return getattr(getattr(model, "config", None), "name_or_path", "") or None
+
+
+@torch.no_grad()
+def _base_sample(layer):
+    """Return a few entries of W0, spread over the matrix."""
+    weight = layer.base_layer.weight
+    if layer.merged:
+        weight = weight - layer.get_delta_weight()
+    flat = weight.reshape(-1)
+    step = max(1, flat.numel() // SAMPLE)
+    return [round(v, 6) for v in flat[::step][:SAMPLE].double().tolist()]
+
+
+def _check_finite(tensors, place):
+    bad = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
+    if bad:
+        raise AdapterError(
+            f"NaN or infinity in {len(bad)} tensor(s) of {place}: "
+            f"{', '.join(bad[:3])}"
+        )
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter folder and check all that needs no model.
+
+    Raises:
+        AdapterError: a file is missing or damaged, an option is not known
+            here, or a tensor holds NaN or infinity.
+    """
+    folder = Path(folder)
+    settings = _read_config(folder)
+    config = _to_config(folder, settings)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = list(folder.glob("adapter_model.*"))
+        raise AdapterError(
+            f"{folder} has no {WEIGHTS}"
+            + (
+                f"; {pickled[0].name} is a pickle that could run code when "
+                "loaded: ask its author for safetensors"
+                if pickled
+                else ""
+            )
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path} is damaged or cut short ({error}); copy it again"
+        ) from error
+    wrong = [k for k in tensors if not k.startswith(PREFIX)]
+    if wrong:
+        raise AdapterError(
+            f"{path}: keys must start with {PREFIX!r}, found {wrong[0]!r}"
+        )
+    _check_finite(tensors, str(path))
+    sample = metadata.get("base_sample")
+    return Adapter(
+        folder,
+        config,
+        settings.get("base_model_name_or_path"),
+        {k.removeprefix(PREFIX): v for k, v in tensors.items()},
+        json.loads(sample) if sample else None,
+    )
+
+
+def _read_config(folder):
+    path = folder / CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder} has no {CONFIG}: it is not an adapter folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{path} must hold a JSON object")
+    return settings
+
+
+def _to_config(folder, settings):
+    """Return the LoRAConfig; refuse what it cannot express."""
+    rest = {k: v for k, v in settings.items() if k not in HARMLESS}
+    kind = rest.pop("peft_type", None)
+    if kind != "LORA":
+        raise AdapterError(f"{folder}: peft_type is {kind!r}, not 'LORA'")
+    if rest.pop("bias", "none") != "none":
+        raise AdapterError(
+            f"{folder}: bias={settings['bias']!r} is not known here"
+        )
+    init = rest.pop("init_lora_weights", True)
+    if init not in PLAIN_INIT:
+        raise AdapterError(
+            f"{folder}: init_lora_weights={init!r} changes the base model; "
+            "save it with path_initial_model_for_weight_conversion in PEFT"
+        )
+    required = ("r", "lora_alpha", "target_modules")
+    missing = [k for k in required if rest.get(k) is None]
+    if missing:
+        raise AdapterError(f"{folder / CONFIG} lacks {', '.join(missing)}")
+    fields = LoRAConfig.__dataclass_fields__
+    known = {k: v for k, v in rest.items() if k in fields and v is not None}
+    unknown = {k: v for k, v in rest.items() if k not in fields and v}
+    if unknown:
+        raise AdapterError(
+            f"{folder}: option(s) not known here: "
+            + ", ".join(f"{k}={v!r}" for k, v in sorted(unknown.items()))
+        )
+    try:
+        return LoRAConfig(**known)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG}: {error}") from error
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Wrap a plain base model with the adapter in ``folder``, in place.
+
+    The layers come back trainable, so that training can go on.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: unreadable files, another base model, missing or unused
+            keys, wrong shapes, NaN, options not known here. The model is
+            then as it was before the call.
+    """
+    adapter = read_adapter(folder)
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        add_lora(model, adapter.config)
+    except (ValueError, RuntimeError) as error:
+        raise AdapterError(
+            f"{adapter.folder} does not fit this model: {error}"
+        ) from error
+    try:
+        _fill(model, adapter)
+    except BaseException:
+        remove_lora(model)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
+    return model
+
+
+@torch.no_grad()
+def _fill(model, adapter):
+    """Check keys, shapes and base, then copy; AdapterError before that."""
+    layers = lora_layers(model)
+    places = {}
+    for name, layer in layers.items():
+        key_A, key_B = _keys(name, layer)
+        places |= {key_A: layer.lora_A, key_B: layer.lora_B}
+    for name in model.lora_originals:
+        state = model.get_submodule(name).state_dict(keep_vars=True)
+        places |= {f"{name}.{k}": v for k, v in state.items()}
+    tensors = dict(adapter.tensors)
+    # PEFT adds the base weight itself when a tied embedding is adapted.
+    for name, layer in layers.items():
+        _check_base_copy(name, layer, tensors, adapter.folder)
+    _refuse("missing from the file", set(places) - set(tensors), adapter)
+    _refuse("unused by this model", set(tensors) - set(places), adapter)
+    for key, place in places.items():
+        if tensors[key].shape != place.shape:
+            raise AdapterError(
+                f"{adapter.folder}: {key} has shape "
+                f"{tuple(tensors[key].shape)}, this model needs "
+                f"{tuple(place.shape)}"
+            )
+    _check_base(model, layers, adapter)
+    for key, place in places.items():
+        place.copy_(tensors[key])
+
+
+def _refuse(what, keys, adapter):
+    if keys:
+        some = ", ".join(sorted(keys)[:3])
+        raise AdapterError(
+            f"{adapter.folder}: {len(keys)} key(s) {what}: {some}. The "
+            "adapter belongs to another base model or was changed by hand"
+        )
+
+
+def _check_base_copy(name, layer, tensors, folder):
+    copy = tensors.pop(f"{name}.base_layer.weight", None)
+    if copy is not None and not torch.equal(
+        copy.to(layer.weight.dtype), layer.weight.cpu()
+    ):
+        raise AdapterError(
+            f"{folder}: its copy of {name}'s base weight differs from this "
+            "model's: another base model"
+        )
+
+
+def _check_base(model, layers, adapter):
+    """Compare what the file remembers of its base model with this one."""
+    if adapter.base_sample is None:  # written by PEFT: only a name to go by
+        there, here = adapter.base_name, _base_name(model)
+        if there and here and Path(there).name != Path(here).name:
+            warnings.warn(
+                f"{adapter.folder} was trained on {there!r}, this model is "
+                f"{here!r}; shapes agree, weights cannot be compared",
+                stacklevel=4,
+            )
+        return
+    there = [v for n in layers for v in adapter.base_sample.get(n, [])]
+    here = [v for layer in layers.values() for v in _base_sample(layer)]
+    if len(there) != len(here):
+        raise AdapterError(f"{adapter.folder}: its base_sample is damaged")
+    there, here = torch.tensor(there), torch.tensor(here)
+    if (there - here).norm() > TOLERANCE * here.norm():
+        raise AdapterError(
+            f"{adapter.folder} was trained on another base model "
+            f"({adapter.base_name}): its weights differ from those of "
+            f"{_base_name(model) or type(model).__name__}"
+        )

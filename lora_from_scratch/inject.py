@@ -1,0 +1,294 @@
+"""Put LoRA layers into a model, take them out again, count what trains.
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.2; matching of
+``target_modules`` as in PEFT (``check_target_module_exists``).
+Taught in: notebooks/04_lora_model.ipynb
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from lora_from_scratch.config import LoRAConfig
+from lora_from_scratch.linear import (
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+)
+
+LAYERS = (LoRALinear, LoRAConv1D, LoRAEmbedding)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return {module name: LoRA layer}, in the order of the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALayer)
+    }
+
+
+def ends_with(name: str, endings: Sequence[str]) -> bool:
+    """Return True if ``name`` is one of the endings or ends in "." + it."""
+    return any(name == e or name.endswith(f".{e}") for e in endings)
+
+
+def match_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Return {name: module} for what ``config.target_modules`` selects.
+
+    Raises:
+        ValueError: if an entry matches nothing (the message lists near
+            names) or matches a module that is not a supported layer.
+    """
+    modules = {n: m for n, m in model.named_modules() if n}
+    if config.modules_to_save:
+        kept = re.compile(
+            rf"(.*\.)?({'|'.join(map(re.escape, config.modules_to_save))})"
+            r"(\..*)?"
+        )
+        modules = {n: m for n, m in modules.items() if not kept.fullmatch(n)}
+    targets = config.target_modules
+    if targets == "all-linear":
+        head = _output_head(model)
+        found = {
+            n: m
+            for n, m in modules.items()
+            if (LoRALinear._accepts(m) or LoRAConv1D._accepts(m))
+            and m is not head
+        }
+        if not found:
+            raise ValueError(
+                f"target_modules='all-linear': {type(model).__name__} has no "
+                "nn.Linear or Conv1D besides its output head"
+            )
+        return found
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={targets!r} is not a regular expression: "
+                f"{error}"
+            ) from error
+        found = {n: m for n, m in modules.items() if pattern.fullmatch(n)}
+        if not found:
+            raise _no_match(targets, modules)
+    else:
+        for target in targets:
+            if not any(ends_with(n, [target]) for n in modules):
+                raise _no_match(target, modules)
+        found = {n: m for n, m in modules.items() if ends_with(n, targets)}
+    for name, module in found.items():
+        if not any(layer._accepts(module) for layer in LAYERS):
+            raise ValueError(
+                f"target {name!r} is a {type(module).__name__}; LoRA here "
+                "wraps nn.Linear, transformers' Conv1D and nn.Embedding"
+            )
+    return found
+
+
+def _output_head(model):
+    """Return the layer that "all-linear" leaves out, as PEFT does."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get else None
+    for name in ("score", "classifier"):
+        head = head if head is not None else getattr(model, name, None)
+    return head
+
+
+def _no_match(target, modules):
+    names = {
+        ".".join(parts[-k:])
+        for parts in (n.split(".") for n in modules)
+        for k in range(1, len(parts) + 1)
+    }
+    near = difflib.get_close_matches(target, names, n=4, cutoff=0.5)
+    leaves = {
+        n.rsplit(".", 1)[-1]
+        for n, m in modules.items()
+        if any(layer._accepts(m) for layer in LAYERS)
+    }
+    hint = f"near names: {', '.join(near)}; " if near else ""
+    return ValueError(
+        f"target_modules: {target!r} matches no module; {hint}"
+        f"layers of this model: {', '.join(sorted(leaves))}"
+    )
+
+
+def _from_pattern(pattern, name, default):
+    """Return the value of the first key that matches, as PEFT does."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _replace(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Freeze ``model`` and wrap its target modules with LoRA, in place.
+
+    Everything is checked first: after an error the model is as it was.
+
+    Returns:
+        The same model. ``model.lora_config`` holds ``config``.
+
+    Raises:
+        ValueError: an unknown target (the message lists near names), a
+            target that is no supported layer, a rank larger than a matrix.
+        RuntimeError: the model has an adapter already, LoRA's or PEFT's.
+    """
+    _check_plain(model)
+    targets = match_targets(model, config)
+    to_save = _match_modules_to_save(model, config)
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    wrapped = {}
+    try:
+        for name, module in targets.items():
+            layer = next(c for c in LAYERS if c._accepts(module))
+            try:
+                wrapped[name] = layer(
+                    module,
+                    _from_pattern(config.rank_pattern, name, config.r),
+                    _from_pattern(
+                        config.alpha_pattern, name, config.lora_alpha
+                    ),
+                    config.lora_dropout,
+                    config.use_rslora,
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        copies = {n: copy.deepcopy(m) for n, m in to_save.items()}
+    except BaseException:
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+        raise
+    model.requires_grad_(False)
+    for name, layer in wrapped.items():
+        _replace(model, name, layer)
+    for name, module in copies.items():
+        _replace(model, name, module.requires_grad_(True))
+    model.lora_config = config
+    model.lora_originals = to_save  # {name: frozen module}, a plain dict
+    return model
+
+
+def _check_plain(model):
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            raise RuntimeError(
+                f"the model has LoRA layers already ({name}); call "
+                "remove_lora(model) first"
+            )
+        if type(module).__module__.startswith("peft."):
+            raise RuntimeError(
+                f"the model holds PEFT's {type(module).__name__} at "
+                f"{name or 'its top'!r}; start from the plain base model"
+            )
+
+
+def _match_modules_to_save(model, config):
+    found = {}
+    for ending in config.modules_to_save or ():
+        new = {n: m for n, m in model.named_modules() if ends_with(n, [ending])}
+        if not new:
+            raise ValueError(f"modules_to_save: {ending!r} matches no module")
+        found |= new
+    return found
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add every dW to its base weight, in place: no cost at inference.
+
+    Raises:
+        RuntimeError: no LoRA layer, one is merged already, or a base weight
+            is shared (tied) with another module, which would change too.
+            Nothing is merged then.
+    """
+    layers = _require_lora(model)
+    _require_merged(layers, False)
+    users = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        names = users[id(layer.base_layer.weight)]
+        others = [n for n in names if n != f"{name}.base_layer.weight"]
+        if others:
+            raise RuntimeError(
+                f"{name} shares its weight with {', '.join(others)}: merging "
+                "would change both. Serve this adapter unmerged, or untie "
+                "the weights before add_lora"
+            )
+    for layer in layers.values():
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Subtract every dW again; restores W0 up to the rounding of its dtype.
+
+    Raises:
+        RuntimeError: no LoRA layer, or one is not merged.
+    """
+    layers = _require_lora(model)
+    _require_merged(layers, True)
+    for layer in layers.values():
+        layer.unmerge()
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Put the plain layers back; a merge is undone first.
+
+    The base weights are the very tensors of before, bit for bit, unless the
+    adapter was merged in between: then they are back up to rounding. All
+    parameters stay frozen.
+
+    Raises:
+        RuntimeError: the model has no LoRA layer.
+    """
+    for name, layer in _require_lora(model).items():
+        if layer.merged:
+            layer.unmerge()
+        _replace(model, name, layer.base_layer.train(layer.training))
+    for name, module in model.lora_originals.items():
+        _replace(model, name, module)
+    del model.lora_config, model.lora_originals
+
+
+def _require_lora(model):
+    layers = lora_layers(model)
+    if not layers:
+        raise RuntimeError(
+            f"{type(model).__name__} has no LoRA layers; call add_lora or "
+            "load_adapter first"
+        )
+    return layers
+
+
+def _require_merged(layers, merged):
+    for name, layer in layers.items():
+        if layer.merged != merged:
+            raise RuntimeError(
+                f"{name} is {'not' if merged else 'already'} merged"
+            )
+
+
+def lora_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what the adapter trains: each A and B, then modules_to_save."""
+    for layer in lora_layers(model).values():
+        yield layer.lora_A
+        yield layer.lora_B
+    for name in getattr(model, "lora_originals", {}):
+        yield from model.get_submodule(name).parameters()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, total) numbers; a shared tensor counts once."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, t in counts if t), sum(n for n, _ in counts)

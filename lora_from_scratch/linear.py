@@ -1,0 +1,281 @@
+"""LoRA around one layer: h = W0 x + b + (lora_alpha / r) B A x.
+
+Shapes follow nn.Linear: W0 (d_out, d_in), A (r, d_in), B (d_out, r),
+x (..., d_in), h (..., d_out). A projects down, B projects up.
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1, eq. (3).
+Taught in: notebooks/03_lora_layer.ipynb
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lora_from_scratch.config import check_alpha, check_dropout, check_rank
+
+
+class _LoRAProduct(torch.autograd.Function):
+    """x W0^T + b + scaling (u A^T) B^T, with u = x or dropout(x).
+
+    Written by hand for three reasons. The update is added into the output of
+    the base layer and into its gradient in place; ``scaling`` multiplies an
+    r-sized tensor, never an output-sized one; and backward keeps only u, A, B
+    and z = u A^T (W0 and b are the layer's own). dW is never formed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, u, weight, bias, lora_A, lora_B, scaling):
+        """Map x (n, d_in) to (n, d_out); ``u`` is None for ``u = x``."""
+        dtype = x.dtype
+        W = weight.to(dtype)  # a cast only under autocast
+        h = x @ W.T if bias is None else torch.addmm(bias.to(dtype), x, W.T)
+        fused = u is None
+        u = x if fused else u
+        z = u @ lora_A.to(dtype).T  # (n, r)
+        h.addmm_(z, lora_B.to(dtype).T, alpha=scaling)
+        ctx.save_for_backward(u, z, weight, lora_A, lora_B)
+        ctx.fused, ctx.scaling = fused, scaling
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        """Return the gradients of x, u, A and B."""
+        u, z, weight, lora_A, lora_B = ctx.saved_tensors
+        dtype = u.dtype
+        dz = (dh @ lora_B.to(dtype)).mul_(ctx.scaling)  # (n, r)
+        dA = dB = dx = du = None
+        if ctx.needs_input_grad[4]:
+            dA = dz.T @ u
+        if ctx.needs_input_grad[5]:
+            dB = (z.T @ dh).mul_(ctx.scaling).T
+        if ctx.needs_input_grad[0]:
+            dx = dh @ weight.to(dtype)  # (n, d_in)
+            if ctx.fused:
+                dx.addmm_(dz, lora_A.to(dtype))
+        if ctx.needs_input_grad[1]:
+            du = dz @ lora_A.to(dtype)
+        return dx, du, None, None, dA, dB, None
+
+
+class LoRALayer(nn.Module):
+    """What the three layers share: two factors, a scale, a merge.
+
+    ``lora_A`` and ``lora_B`` live where the base weight lives. They have its
+    dtype, but never less than float32: AdamW's small steps would be lost in
+    half precision.
+    """
+
+    transposed = False  # True if the base weight is stored (d_in, d_out)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+    ):
+        super().__init__()
+        kind = type(self).__name__
+        weight = getattr(base_layer, "weight", None)
+        if not self._accepts(base_layer):
+            raise ValueError(
+                f"{kind} cannot wrap a {type(base_layer).__name__}"
+            )
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"{kind} needs floating-point weights, got {weight.dtype}; "
+                "dequantize the base layer first"
+            )
+        d_out, d_in = weight.T.shape if self.transposed else weight.shape
+        check_rank(r)
+        if r > min(d_in, d_out):
+            raise ValueError(
+                f"r must be in 1..{min(d_in, d_out)} for a layer of "
+                f"{d_in} inputs and {d_out} outputs, got {r}"
+            )
+        check_alpha(lora_alpha)
+        check_dropout(lora_dropout)
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(weight.new_zeros(r, d_in, dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_zeros(d_out, r, dtype=dtype))
+        self.merged = False
+        self.train(base_layer.training)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A, set B = 0: the layer starts exactly at the base layer.
+
+        The paper draws A from a Gaussian of unstated width. The released
+        code, PEFT and this book use U(-1/sqrt(d_in), 1/sqrt(d_in)).
+        """
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: callers may ask a layer for its dtype."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, or None."""
+        return getattr(self.base_layer, "bias", None)
+
+    def get_delta_weight(self) -> Tensor:
+        """Return dW = scaling B A in the layout of ``base_layer.weight``.
+
+        (d_out, d_in) for a linear layer, transposed for GPT-2's Conv1D and
+        for an embedding, which store (d_in, d_out).
+        """
+        dW = self.scaling * (self.lora_B @ self.lora_A)
+        return dW.T if self.transposed else dW
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add dW to W0 in place; RuntimeError if already merged."""
+        if self.merged:
+            raise RuntimeError("already merged; call unmerge() first")
+        self.base_layer.weight += self.get_delta_weight()
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract dW again; restores W0 up to the rounding of its dtype."""
+        if not self.merged:
+            raise RuntimeError("not merged; nothing to undo")
+        self.base_layer.weight -= self.get_delta_weight()
+        self.merged = False
+
+    def extra_repr(self) -> str:
+        """Show rank and scale when the model is printed."""
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"lora_dropout={self.lora_dropout}, merged={self.merged}"
+        )
+
+
+class LoRALinear(LoRALayer):
+    """A frozen ``nn.Linear`` plus a trainable update of rank at most ``r``.
+
+    Args:
+        base_layer: pretrained layer, weight (d_out, d_in); frozen in place.
+        r: rank of the update, 1 <= r <= min(d_in, d_out).
+        lora_alpha: the update is multiplied by ``scaling = lora_alpha / r``.
+        lora_dropout: probability in [0, 1) of dropping an input entry of the
+            LoRA branch while training; survivors grow by 1 / (1 - p).
+        use_rslora: ``scaling = lora_alpha / sqrt(r)`` instead.
+
+    Raises:
+        ValueError: for another kind of layer, integer weights, or a setting
+            outside its range.
+    """
+
+    @staticmethod
+    def _accepts(base_layer):
+        return isinstance(base_layer, nn.Linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., d_in) to (..., d_out)."""
+        if self.merged:
+            return self.base_layer(x)
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if weight.requires_grad:
+            raise RuntimeError(
+                "the base layer is trainable, but LoRA computes no gradient "
+                "for it; freeze it with base_layer.requires_grad_(False)"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        rows = x.reshape(-1, x.shape[-1])  # (n, d_in)
+        dropped = None
+        if self.lora_dropout and self.training:
+            dropped = F.dropout(rows, self.lora_dropout)
+        h = _LoRAProduct.apply(
+            rows,
+            dropped,
+            weight.T if self.transposed else weight,
+            bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+        )
+        return h.view(*x.shape[:-1], h.shape[-1])  # (..., d_out)
+
+
+class LoRAConv1D(LoRALinear):
+    """The same around GPT-2's ``Conv1D``, which stores W0 as (d_in, d_out).
+
+    Despite its name, transformers' Conv1D is a linear layer. A and B keep
+    their shapes (r, d_in) and (d_out, r); only W0 and dW are transposed.
+    Arguments and errors are those of :class:`LoRALinear`.
+    """
+
+    transposed = True
+
+    @staticmethod
+    def _accepts(base_layer):
+        # by name: importing transformers takes seconds
+        return type(base_layer).__name__ == "Conv1D" and hasattr(
+            base_layer, "nf"
+        )
+
+
+class LoRAEmbedding(LoRALayer):
+    """A frozen ``nn.Embedding`` plus a trainable update of rank ``r``.
+
+    A row look-up is a product with a one-hot x, so d_in is the number of
+    entries and d_out their width: A (r, entries), B (width, r). As in PEFT
+    and loralib the roles at the start are swapped: A = 0, B random. A token
+    picks one column of A; random columns would stay random for every token
+    that never occurs. Nothing is dropped: there is no input to drop.
+
+    Arguments and errors are those of :class:`LoRALinear`; ``max_norm`` is
+    refused, because it rewrites W0 in every forward pass.
+    """
+
+    transposed = True
+
+    def __init__(
+        self,
+        base_layer: nn.Embedding,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+    ):
+        if getattr(base_layer, "max_norm", None) is not None:
+            raise ValueError(
+                f"max_norm={base_layer.max_norm} rewrites the frozen weight "
+                "in every forward pass; build the embedding without it"
+            )
+        super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora)
+
+    @staticmethod
+    def _accepts(base_layer):
+        return isinstance(base_layer, nn.Embedding)
+
+    def reset_parameters(self) -> None:
+        """Set A = 0, draw B from N(0, 1)."""
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map token ids (...) to vectors (..., width)."""
+        h = self.base_layer(ids)  # (..., width)
+        if self.merged:
+            return h
+        z = F.embedding(ids, self.lora_A.T, self.base_layer.padding_idx)
+        rows = torch.addmm(
+            h.reshape(-1, h.shape[-1]),
+            z.reshape(-1, self.r).to(h.dtype),
+            self.lora_B.T.to(h.dtype),
+            alpha=self.scaling,
+        )
+        return rows.view(h.shape)

@@ -1,0 +1,237 @@
+"""Tests for lora_from_scratch/inject.py: the claims of lesson 04."""
+
+import copy
+import re
+
+import pytest
+import torch
+from helpers import fill, gpt2, ids, llama, logits
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+
+from lora_from_scratch import (
+    LoRAConfig,
+    add_lora,
+    count_parameters,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
+from lora_from_scratch.inject import lora_layers
+
+
+def adapted(model, **settings):
+    return fill(add_lora(model, LoRAConfig(r=3, lora_alpha=5, **settings)))
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "all-linear",
+        ["c_attn", "q_proj"],
+        ["mlp.c_proj", "mlp.down_proj"],
+        r".*\.1\..*(c_fc|up_proj)",
+        ["wte", "embed_tokens"],
+    ],
+)
+def test_targets_select_what_peft_selects(make, targets):
+    model = make()
+    if isinstance(targets, list):  # each model has one of the two names
+        names = [n for n, _ in model.named_modules()]
+        targets = [t for t in targets if any(n.endswith(t) for n in names)]
+    peft = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=3, target_modules=targets)
+    )
+    expected = {
+        n.removeprefix("base_model.model.")
+        for n, m in peft.named_modules()
+        if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
+    assert set(lora_layers(adapted(model, target_modules=targets))) == expected
+
+
+def test_a_classifier_head_is_left_out_of_all_linear():
+    model = nn.Sequential(nn.Linear(5, 7))
+    model.score = nn.Linear(7, 2)
+    assert set(lora_layers(adapted(model))) == {"0"}
+
+
+def test_an_unknown_target_lists_near_names():
+    with pytest.raises(ValueError, match=r"'c_atn' .*near names: .*c_attn"):
+        adapted(gpt2(), target_modules=["c_proj", "c_atn"])
+    with pytest.raises(ValueError, match="'Q_proj' .*near names: .*q_proj"):
+        adapted(llama(), target_modules=["Q_proj"])
+    with pytest.raises(ValueError, match="layers of this model: c_attn"):
+        adapted(gpt2(), target_modules=["xyzzy"])
+    with pytest.raises(ValueError, match="matches no module"):
+        adapted(gpt2(), target_modules="attn")  # a regex matches whole names
+
+
+def test_targets_that_are_no_layer_are_named():
+    with pytest.raises(ValueError, match="'transformer.ln_f' is a LayerNorm"):
+        adapted(gpt2(), target_modules=["ln_f"])
+    with pytest.raises(ValueError, match="not a regular expression"):
+        adapted(gpt2(), target_modules="*c_attn")
+    with pytest.raises(ValueError, match="no nn.Linear or Conv1D"):
+        adapted(nn.Sequential(nn.ReLU()))
+
+
+def test_after_an_error_the_model_is_as_it_was():
+    model = gpt2()
+    model.transformer.wpe.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    before = state(model)
+    with pytest.raises(ValueError, match="wpe: r must be in 1..11"):
+        add_lora(
+            model,
+            LoRAConfig(
+                r=5,
+                target_modules=["c_attn", "wpe"],
+                rank_pattern={"wpe": 12},
+            ),
+        )
+    assert not lora_layers(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert all(torch.equal(v, before[k]) for k, v in state(model).items())
+
+
+def test_an_adapted_model_is_refused():
+    model = adapted(gpt2())
+    with pytest.raises(RuntimeError, match="LoRA layers already"):
+        add_lora(model, LoRAConfig())
+    peft = get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(RuntimeError, match="holds PEFT's"):
+        add_lora(peft, LoRAConfig())
+
+
+def test_only_the_adapter_trains_and_is_counted():
+    model = gpt2()
+    total = sum(p.numel() for p in model.parameters())  # shared: once
+    assert count_parameters(model) == (total, total)
+    adapted(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert [id(p) for p in trained] == [id(p) for p in lora_parameters(model)]
+    shapes = [(24, 72), (24, 24), (24, 96), (96, 24)]
+    numbers = 2 * 3 * sum(i + o for i, o in shapes)
+    assert count_parameters(model) == (numbers, total + numbers)
+
+
+def test_patterns_give_single_modules_their_own_rank_and_alpha():
+    model = adapted(
+        gpt2(),
+        rank_pattern={"mlp.c_fc": 2, r"h\.1\.attn\.c_proj": 4},
+        alpha_pattern={"c_fc": 7},
+    )
+    found = {n: (m.r, m.lora_alpha) for n, m in lora_layers(model).items()}
+    assert found["transformer.h.0.mlp.c_fc"] == (2, 7)
+    assert found["transformer.h.0.attn.c_proj"] == (3, 5)
+    assert found["transformer.h.1.attn.c_proj"] == (4, 5)
+
+
+def test_merging_and_unmerging_a_model_keeps_its_logits():
+    model = adapted(llama())
+    expected = logits(model)
+    before = state(model)
+    merge_lora(model)
+    assert_close(logits(model), expected)
+    with pytest.raises(RuntimeError, match="is already merged"):
+        merge_lora(model)
+    unmerge_lora(model)
+    assert_close(state(model), before)
+    with pytest.raises(RuntimeError, match="is not merged"):
+        unmerge_lora(model)
+
+
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_tied_weights_train_but_refuse_to_merge(target):
+    model = adapted(gpt2(), target_modules=[target, "c_attn"])
+    before, expected = state(model), logits(model)
+    assert not torch.equal(expected, logits(gpt2()))
+    with pytest.raises(RuntimeError, match="shares its weight with"):
+        merge_lora(model)
+    assert all(torch.equal(v, before[k]) for k, v in state(model).items())
+    assert_close(logits(model), expected)
+
+
+def test_a_tied_head_outside_the_targets_does_not_hinder_merging():
+    model = adapted(gpt2())
+    expected = logits(model)
+    merge_lora(model)
+    assert_close(logits(model), expected)
+
+
+def test_remove_gives_back_the_same_layers_bit_for_bit():
+    model = gpt2()
+    modules, before = dict(model.named_modules()), state(model)
+    expected = logits(model)
+    adapted(model)
+    remove_lora(model)
+    assert {k: id(v) for k, v in model.named_modules()} == {
+        k: id(v) for k, v in modules.items()
+    }
+    assert all(torch.equal(v, before[k]) for k, v in state(model).items())
+    assert torch.equal(logits(model), expected)
+    adapted(model)  # and it can be adapted again
+
+
+def test_remove_undoes_a_merge():
+    model = gpt2()
+    before = state(model)
+    adapted(model)
+    merge_lora(model)
+    remove_lora(model)
+    assert not lora_layers(model)
+    assert_close(state(model), before)
+
+
+def test_modules_to_save_are_trained_copies():
+    model = llama()
+    head, expected = model.lm_head, logits(model)
+    adapted(model, modules_to_save=["lm_head"])
+    assert model.lm_head is not head
+    assert set(model.lm_head.parameters()) <= set(lora_parameters(model))
+    assert model.lm_head.weight.requires_grad
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert logits(model).count_nonzero() == 0
+    remove_lora(model)
+    assert model.lm_head is head
+    assert torch.equal(logits(model), expected)
+
+
+def test_unknown_modules_to_save_are_an_error():
+    with pytest.raises(ValueError, match="modules_to_save: 'scor' matches no"):
+        adapted(gpt2(), modules_to_save=["scor"])
+
+
+@pytest.mark.parametrize("act", [merge_lora, unmerge_lora, remove_lora])
+def test_a_plain_model_has_nothing_to_merge_or_remove(act):
+    with pytest.raises(RuntimeError, match="has no LoRA layers; call add"):
+        act(gpt2())
+
+
+def test_train_and_eval_mode_survive():
+    model = gpt2().eval()
+    adapted(model)
+    assert not any(m.training for m in model.modules())
+    model.train()
+    remove_lora(model)
+    assert all(m.training for m in model.modules())
+
+
+def test_an_adapted_model_can_be_copied_and_prints_its_rank():
+    model = adapted(gpt2())
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    assert re.search(r"r=3, lora_alpha=5, .*merged=False", repr(twin))
+    assert torch.equal(
+        model.generate(ids(), max_new_tokens=3, do_sample=False),
+        twin.generate(ids(), max_new_tokens=3, do_sample=False),
+    )
