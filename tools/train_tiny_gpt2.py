@@ -292,6 +292,11 @@ def save(args, model, tokenizer, held_out, n_tokens, step, start):
     model.config.architectures = ["GPT2LMHeadModel"]
     model.config.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    settings = json.loads((part / "tokenizer_config.json").read_text())
+    # the name that transformers 4 and 5 both know
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(settings, indent=2) + "\n"
+    (part / "tokenizer_config.json").write_text(text)
     with (part / "held_out.jsonl").open("w", encoding="utf-8") as f:
         for domain, docs in held_out.items():
             for text in docs:
@@ -334,6 +339,7 @@ The weights and this card are under the licence of the code (see LICENSE);
 `held_out.jsonl` keeps the licences of its parts.
 """
     (part / "README.md").write_text(card, encoding="utf-8")
+    (part / "model.safetensors").chmod(0o644)
     shutil.rmtree(args.out, ignore_errors=True)
     part.rename(args.out)
 

@@ -1,0 +1,105 @@
+# The only place that knows the commands. `make` alone lists them.
+# Everything runs in .venv, which the first command makes; after `make setup`
+# nothing below needs a network.
+
+VENV ?= .venv
+PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3; \
+	do command -v $$p; done))
+REQUIREMENTS ?= requirements.txt
+PORT ?= 8000
+
+BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
+BROWSER := $(VENV)/.browser
+PIP := $(BIN)/python -m pip install --quiet --quiet
+NBVAL := $(BIN)/python -m pytest -q --nbval --nbval-current-env \
+	--nbval-cell-timeout=120 notebooks/*.ipynb
+SLOW_TESTS := tests/test_notebooks.py tests/test_site.py
+
+# Lessons and pages are made with one thread: with more, sums round in another
+# order and waiting threads slow a busy machine down. `make lab` uses them all.
+check check-portable notebooks test book html: export OMP_NUM_THREADS ?= 1
+check check-portable notebooks test book html: export OMP_WAIT_POLICY = PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book html serve lab check test notebooks check-portable \
+	check-colab newest bench clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
+		awk -F ':.*## ' '{ printf "make %-15s %s\n", $$1, $$2 }'
+
+setup: $(PACKAGES) $(BROWSER)  ## make .venv with everything in it, browser too
+
+book: html  ## build the book and serve it on this computer; PORT=8000
+	@$(BIN)/python tools/serve.py $(PORT)
+
+html: $(PACKAGES)  ## build the book into _build/html
+	rm -rf _build
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+serve: $(PACKAGES)  ## serve what is built; PORT=8000
+	@$(BIN)/python tools/serve.py $(PORT)
+
+lab: $(PACKAGES)  ## open the exercise copies in JupyterLab
+	$(BIN)/python -m jupyterlab notebooks/student
+
+check: $(PACKAGES) $(BROWSER)  ## everything that CI checks, cheap first
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q $(SLOW_TESTS:%=--ignore=%)
+	$(BIN)/python tools/notebooks.py --check
+	$(NBVAL)
+	$(BIN)/python -m pytest -q tests/test_notebooks.py
+	$(MAKE) html
+	$(BIN)/python -m pytest -q tests/test_site.py
+
+test: $(PACKAGES)  ## the tests of the package only
+	$(BIN)/python -m pytest -q $(SLOW_TESTS:%=--ignore=%)
+
+notebooks: $(PACKAGES)  ## run all lesson texts, write the notebooks
+	$(BIN)/python tools/notebooks.py
+
+check-portable: $(PACKAGES)  ## outputs also hold on AVX2 and on two threads
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(NBVAL)
+	OMP_NUM_THREADS=2 $(NBVAL)
+
+check-colab: $(PACKAGES)  ## run an exercise copy in a bare environment (slow)
+	$(BIN)/python tools/check_colab.py
+
+# What can change a number. The book's own tools keep their pins.
+LOOSE := torch|numpy|scipy|scikit-learn|transformers|tokenizers|safetensors|$\
+	huggingface_hub|peft|accelerate|matplotlib|pillow|tqdm
+
+newest:  ## check with the newest torch, transformers, ... in its own .venv
+	sed -E 's/^($(LOOSE))==.*/\1/' requirements.txt > .newest.txt
+	$(MAKE) check VENV=.venv-newest REQUIREMENTS=.newest.txt
+
+bench: $(PACKAGES)  ## time the layers against PEFT
+	OMP_NUM_THREADS=1 $(BIN)/python bench/against_peft.py
+
+clean:  ## remove what was built, keep .venv
+	rm -rf _build .newest.txt .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# PyPI's torch for Linux carries 3 GB of CUDA libraries: without an NVIDIA GPU,
+# take the CPU build of the same version first, where its index can be reached.
+$(PACKAGES): $(REQUIREMENTS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Python 3.11 or newer is needed; make PYTHON=/path/to/python")'
+	@echo "Installing into $(VENV): 2 GB, some minutes, once"
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || \
+		$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade 'pip>=25'
+	@test "$$(uname -s)" != Linux || command -v nvidia-smi > /dev/null || \
+		$(PIP) --no-deps --retries 0 --timeout 10 \
+		--index-url https://download.pytorch.org/whl/cpu \
+		$$(grep -E '^torch(==|$$)' $(REQUIREMENTS)) || \
+		echo "No CPU build of torch at pytorch.org; taking PyPI's"
+	@$(PIP) -r $(REQUIREMENTS)
+	@$(BIN)/python -c 'import matplotlib.font_manager' # its first run warns
+	@touch $@
+
+$(BROWSER): tools/find_chromium.py | $(PACKAGES)
+	@$(BIN)/python tools/find_chromium.py --install
+	@touch $@

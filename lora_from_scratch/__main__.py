@@ -1,0 +1,84 @@
+"""The one command line of the course: python -m lora_from_scratch."""
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .doctor import examine, gib
+from .models import describe
+
+app = typer.Typer(
+    help="LoRA from scratch: the command line of the course.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """LoRA from scratch: the command line of the course."""
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this computer has, and which scale it can run.
+
+    Exit status 1 if it cannot run the scale that LORA_SCALE asks for.
+    """
+    try:
+        report = examine()
+    except ValueError as error:
+        Console(stderr=True).print(str(error), highlight=False, markup=False)
+        raise typer.Exit(2) from error
+    console = Console(highlight=False, markup=False)
+    console.print(_facts(report))
+    console.print(_scales(report))
+    for verdict in report.verdicts:
+        if verdict.base is describe() and not verdict.runs:
+            console.print(
+                f"The scale {verdict.scale} does not run here: "
+                f"{verdict.reason}. LORA_SCALE=tiny needs the least."
+            )
+            raise typer.Exit(1)
+
+
+def _facts(report) -> Table:
+    total, available = report.memory_bytes
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("system", report.system)
+    for line in report.devices:
+        table.add_row("device", line)
+    table.add_row("threads", f"{report.threads} (OMP_NUM_THREADS changes it)")
+    table.add_row("memory", f"{gib(total)}, {gib(available)} available")
+    table.add_row("disk", f"{gib(report.disk_bytes)} free for the cache")
+    table.add_row("cache", f"{report.cache} (small)")
+    table.add_row("", f"{report.hub} (full)")
+    for name, value in report.settings.items():
+        table.add_row("set", f"{name}={value}")
+    for name, version in report.versions.items():
+        table.add_row("package", f"{name} {version}")
+    return table
+
+
+def _scales(report) -> Table:
+    table = Table(title="What runs here", title_justify="left")
+    table.add_column("scale", no_wrap=True)
+    table.add_column("base model", overflow="fold")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("here", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=1)
+    for verdict in report.verdicts:
+        table.add_row(
+            verdict.scale,
+            verdict.base.name.split("/")[-1],
+            f"{verdict.base.parameters:,}",
+            "yes" if verdict.runs else "no",
+            verdict.reason,
+        )
+    return table
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m lora_from_scratch")

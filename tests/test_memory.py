@@ -1,0 +1,343 @@
+"""Tests for lora_from_scratch/memory.py: counts against models on meta."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from lora_from_scratch import LoRAConfig, add_lora
+from lora_from_scratch.memory import (
+    ARCHITECTURES,
+    RECIPES,
+    Architecture,
+    activation_bytes,
+    from_config,
+    kv_cache_bytes,
+    lora_training_bytes,
+    n_lora_parameters,
+    nf4_bits,
+    training_bytes,
+    weight_bytes,
+)
+
+# PEFT's own advice about Conv1D and its use of a deprecated name
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+]
+
+LLAMA_2 = ARCHITECTURES["llama-2-7b"]
+QV = ["q_proj", "v_proj"]
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def llama(**changes):
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+    )
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def gpt2(**changes):
+    sizes = dict(
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        vocab_size=300,
+        n_positions=48,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2Config(**{**sizes, **changes})
+
+
+def build(config, device="meta"):
+    kind = GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM
+    with torch.device(device):
+        model = kind(config)
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [  # published counts; tiny and smollm2 from their model cards
+        ("tiny", 4_273_664),
+        ("gpt2", 124_439_808),
+        ("smollm2-135m", 134_515_008),
+        ("llama-2-7b", 6_738_415_616),
+        ("mistral-7b", 7_241_732_096),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-65b", 65_285_660_672),
+        ("llama-3-70b", 70_553_706_496),
+    ],
+)
+def test_parameters_of_known_models(name, total):
+    assert ARCHITECTURES[name].n_parameters == total
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "r", "count"),
+    [  # counted with PEFT on the real configurations
+        ("gpt2", ["c_attn"], 8, 294_912),
+        ("gpt2", "all-linear", 8, 1_179_648),
+        ("gpt2", "all-linear", 16, 2_359_296),
+        ("llama-2-7b", QV, 8, 4_194_304),
+        ("llama-2-7b", QKVO, 16, 16_777_216),
+        ("llama-2-7b", "all-linear", 8, 19_988_480),
+        ("llama-2-7b", "all-linear", 64, 159_907_840),
+        ("mistral-7b", QV, 64, 27_262_976),
+        ("mistral-7b", "all-linear", 8, 20_971_520),
+        ("llama-3-8b", "all-linear", 16, 41_943_040),
+        ("llama-65b", "all-linear", 64, 799_539_200),
+        ("llama-3-70b", "all-linear", 8, 103_546_880),
+    ],
+)
+def test_lora_parameters_of_known_models(name, targets, r, count):
+    assert n_lora_parameters(ARCHITECTURES[name], r, targets) == count
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        gpt2(),
+        gpt2(n_inner=100, tie_word_embeddings=False),
+        llama(),
+        llama(tie_word_embeddings=True, head_dim=24, num_key_value_heads=1),
+    ],
+    ids=["gpt2", "gpt2-odd", "llama", "llama-odd"],
+)
+def test_counts_equal_a_model_and_peft(config):
+    architecture, model = from_config(config), build(config)
+    assert architecture.n_parameters == model.num_parameters()
+    for targets in (
+        "all-linear",
+        ["c_proj"] if config.model_type == "gpt2" else ["o_proj", "up_proj"],
+    ):
+        wrapped = get_peft_model(
+            build(config), LoraConfig(r=5, target_modules=targets)
+        )
+        trainable, _ = wrapped.get_nb_trainable_parameters()
+        assert n_lora_parameters(architecture, 5, targets) == trainable
+
+
+def test_gpt2_of_real_size_equals_peft_on_meta():
+    config = GPT2Config(bos_token_id=0, eos_token_id=0)
+    model = get_peft_model(
+        build(config), LoraConfig(r=8, target_modules="all-linear")
+    )
+    trainable, total = model.get_nb_trainable_parameters()
+    gpt2_small = ARCHITECTURES["gpt2"]
+    assert trainable == n_lora_parameters(gpt2_small, 8)
+    assert total - trainable == gpt2_small.n_parameters
+
+
+def test_mistral_config_is_read_as_the_listed_model():
+    read = from_config(MistralConfig(intermediate_size=14_336))
+    listed = ARCHITECTURES["mistral-7b"]
+    assert read.n_parameters == listed.n_parameters
+    assert read.linears == listed.linears
+
+
+def test_training_state_per_parameter_is_16_12_8_and_6_bytes():
+    assert {k: v.total for k, v in RECIPES.items()} == {
+        "fp32": 16,
+        "mixed": 16,
+        "bf16": 12,
+        "pure-bf16": 8,
+        "bf16-adam8": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gigabytes"),
+    [  # Llama-2-7B, GB = 1e9 bytes
+        ("fp32", 107.8),
+        ("mixed", 107.8),
+        ("bf16", 80.9),
+        ("pure-bf16", 53.9),
+        ("bf16-adam8", 40.4),
+    ],
+)
+def test_full_fine_tuning_of_llama_2(recipe, gigabytes):
+    items = training_bytes(LLAMA_2, recipe)
+    assert round(sum(items.values()) / 1e9, 1) == gigabytes
+
+
+def test_items_equal_the_tensors_of_a_real_optimizer():
+    model = build(gpt2(), "cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.ones(1, 4).long()).logits.sum().backward()
+    optimizer.step()
+    states = optimizer.state.values()
+    found = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters()),
+        "master copy": 0,
+        "optimizer": sum(
+            s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states
+        ),
+    }
+    assert training_bytes(from_config(gpt2()), "fp32") == found
+
+
+def test_lora_keeps_the_base_weights_in_memory():
+    items = lora_training_bytes(LLAMA_2, 8, QV)
+    assert items["base weights"] == 2 * LLAMA_2.n_parameters
+    states = sum(items.values()) - items["base weights"]
+    assert states == 16 * n_lora_parameters(LLAMA_2, 8, QV)
+
+
+def test_adapter_of_16_bits_costs_12_bytes_per_number():
+    items = lora_training_bytes(LLAMA_2, 8, recipe="bf16")
+    assert sum(items.values()) - items["base weights"] == 12 * 19_988_480
+
+
+def test_nf4_bits_with_and_without_double_quantization():
+    assert nf4_bits(double_quant=False) == 4.5
+    assert nf4_bits() == pytest.approx(4.12695, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "without"),
+    [  # block linears in NF4, the rest in 16 bits
+        ("llama-2-7b", 3.87, 4.17),
+        ("mistral-7b", 4.13, 4.45),
+        ("llama-3-8b", 5.70, 6.03),
+        ("llama-65b", 34.46, 37.48),
+        ("llama-3-70b", 39.52, 42.71),
+    ],
+)
+def test_weights_in_nf4(name, gigabytes, without):
+    architecture = ARCHITECTURES[name]
+    size = weight_bytes(architecture, nf4_bits()) / 1e9
+    plain = weight_bytes(architecture, nf4_bits(double_quant=False)) / 1e9
+    assert (round(size, 2), round(plain, 2)) == (gigabytes, without)
+
+
+def test_weights_in_32_bits_are_all_in_32_bits():
+    assert weight_bytes(LLAMA_2, 32) == 4 * LLAMA_2.n_parameters
+    n = LLAMA_2.n_linear_parameters
+    rest = LLAMA_2.n_parameters - n
+    assert weight_bytes(LLAMA_2, 4, rest_bits=32) == n / 2 + rest * 4
+
+
+def test_kv_cache_equals_the_cache_of_a_model():
+    config = llama()
+    cache = build(config, "cpu")(torch.ones(3, 7).long()).past_key_values
+    found = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    assert kv_cache_bytes(from_config(config), 3, 7, 4) == found
+
+
+def saved_bytes(model, batch, tokens):
+    """Bytes that one forward pass hands to autograd, weights left out."""
+    own = [*model.parameters(), *model.buffers()]
+    own = {x.untyped_storage().data_ptr() for x in own}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = x  # also keeps the address taken
+        return x
+
+    ids = torch.arange(batch * tokens).view(batch, tokens) % 300
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(input_ids=ids, labels=ids).loss
+    del loss
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [gpt2(), llama()], ids=["gpt2", "llama"])
+def test_activations_are_within_3_percent_of_autograd(config, dtype):
+    found = saved_bytes(build(config, "cpu").to(dtype), 5, 33)
+    expected = activation_bytes(from_config(config), 5, 33, dtype.itemsize)
+    assert expected == pytest.approx(found, rel=0.03)
+
+
+def test_lora_keeps_most_activations():
+    config = llama()
+    model = add_lora(build(config, "cpu"), LoRAConfig(r=2))
+    found = saved_bytes(model, 5, 33)
+    expected = activation_bytes(from_config(config), 5, 33, 4)
+    assert 0.75 * expected < found < expected
+
+
+def test_checkpointing_keeps_inputs_and_one_block():
+    two, four = (
+        Architecture("x", "llama", n, 64, 176, 4, 2, 16, 300) for n in (2, 4)
+    )
+    step = activation_bytes(four, 3, 5, checkpointing=True)
+    step -= activation_bytes(two, 3, 5, checkpointing=True)
+    assert step == 2 * (3 * 5) * 64 * 2  # two more inputs, 2 bytes each
+    whole = activation_bytes(four, 3, 5)
+    assert activation_bytes(four, 3, 5, checkpointing=True) < whole / 2
+
+
+@pytest.mark.parametrize("r", [0, -1, 2.0, True])
+def test_rank_must_be_a_positive_int(r):
+    with pytest.raises(ValueError, match="r must be an int of at least 1"):
+        n_lora_parameters(LLAMA_2, r)
+
+
+def test_unknown_target_lists_the_layers():
+    with pytest.raises(ValueError, match="'c_attn' matches no .*q_proj"):
+        n_lora_parameters(LLAMA_2, 8, ["q_proj", "c_attn"])
+    with pytest.raises(ValueError, match="'_proj' matches no layer"):
+        n_lora_parameters(LLAMA_2, 8, ["_proj"])
+
+
+def test_a_single_string_is_no_list_of_targets():
+    with pytest.raises(ValueError, match="all-linear"):
+        n_lora_parameters(LLAMA_2, 8, "q_proj")
+
+
+def test_unknown_recipe_and_kind():
+    with pytest.raises(ValueError, match="recipe must be one of fp32"):
+        training_bytes(LLAMA_2, "fp64")
+    with pytest.raises(ValueError, match="kind must be gpt2 or llama"):
+        Architecture("x", "bert", 1, 8, 8, 1, 1, 8, 10)
+    with pytest.raises(ValueError, match="d_model must be"):
+        Architecture("x", "llama", 1, 0, 8, 1, 1, 8, 10)
+
+
+def test_configs_that_would_be_miscounted_are_refused():
+    with pytest.raises(ValueError, match="'qwen2' is not covered"):
+        from_config(Qwen2Config())
+    with pytest.raises(ValueError, match="attention_bias=True"):
+        from_config(llama(attention_bias=True))
+
+
+@pytest.mark.parametrize("bits", [0, -4, math.nan, math.inf])
+def test_bits_must_be_positive(bits):
+    with pytest.raises(ValueError, match="bits must be positive"):
+        weight_bytes(LLAMA_2, bits)
+
+
+def test_sizes_of_a_batch_must_be_positive():
+    with pytest.raises(ValueError, match="batch must be"):
+        activation_bytes(LLAMA_2, 0, 5)
+    with pytest.raises(ValueError, match="bytes_per_number is 2 or 4"):
+        activation_bytes(LLAMA_2, 1, 5, 8)
+    with pytest.raises(ValueError, match="tokens must be"):
+        kv_cache_bytes(LLAMA_2, 1, 0)
+    with pytest.raises(ValueError, match="block_size must be"):
+        nf4_bits(block_size=0)
