@@ -4,8 +4,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .doctor import examine, gib
-from .models import describe
+from lora_from_scratch.doctor import examine, gib
+from lora_from_scratch.models import describe
 
 app = typer.Typer(
     help="LoRA from scratch: the command line of the course.",

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import check_sha256, read_sums
+from lora_from_scratch.files import check_sha256, read_sums
 
 ASSETS = Path(__file__).parent / "assets"
 FOLDER = ASSETS / "data"

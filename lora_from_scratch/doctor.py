@@ -16,8 +16,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from .files import cache_folder
-from .models import SCALES, SEVEN_B, BaseModel, describe, hub_cache, is_here
+from lora_from_scratch.files import cache_folder
+from lora_from_scratch.models import (
+    SCALES,
+    SEVEN_B,
+    BaseModel,
+    describe,
+    hub_cache,
+    is_here,
+)
 
 PACKAGES = (
     "lora-from-scratch",

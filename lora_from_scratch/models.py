@@ -24,7 +24,12 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import cache_folder, check_sha256, check_sums, write_sums
+from lora_from_scratch.files import (
+    cache_folder,
+    check_sha256,
+    check_sums,
+    write_sums,
+)
 
 log = logging.getLogger("lora_from_scratch")
 

@@ -1,6 +1,6 @@
 """The laws of LoRA that hold for one model, each against a reference.
 
-Law 7 (mixed batches) belongs to serving and is tested there.
+Law 7, on mixed batches, is tested in test_serving_batch.py.
 """
 
 import math

@@ -15,6 +15,7 @@ LAYERS = [
     {"linear"},
     {"inject"},
     {"adapters", "data", "models", "results", "train"},
+    {"serving"},
     {"doctor", "plots", "widgets"},
     {"__main__"},
 ]
