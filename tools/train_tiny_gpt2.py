@@ -209,7 +209,9 @@ def mean_loss(model, ids):
     model.eval()
     n = len(ids) // CONTEXT
     windows = ids[: n * CONTEXT].view(n, CONTEXT)
-    losses = [model(input_ids=w, labels=w).loss.item() for w in windows.split(8)]
+    losses = [
+        model(input_ids=w, labels=w).loss.item() for w in windows.split(8)
+    ]
     model.train()
     return sum(losses) / len(losses)
 
@@ -255,7 +257,9 @@ def main():
     for step in range(args.steps):
         if len(order) < BATCH:
             shift = random.Random(step).randrange(CONTEXT)
-            order = random.Random(step).sample(range(n_windows - 1), n_windows - 1)
+            order = random.Random(step).sample(
+                range(n_windows - 1), n_windows - 1
+            )
         rows = [order.pop() * CONTEXT + shift for _ in range(BATCH)]
         batch = torch.stack([ids[i : i + CONTEXT] for i in rows])
         progress = max(0, step - WARMUP) / max(1, args.steps - WARMUP)
