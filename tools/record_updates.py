@@ -5,7 +5,7 @@
     python tools/record_updates.py subspaces   # about 20 min
     python tools/record_updates.py tiny        # about 3 min
 
-Writes notebooks/results/updates_NAME.json, read by lessons 01 and 02.
+Writes notebooks/results/updates_NAME.json, read by lesson 02.
 
 topics, kjv: all parameters of SmolLM2-135M-Instruct are trained, once to name
 the topic of a WordNet gloss, once to write like the King James Bible. After
@@ -14,8 +14,7 @@ start: spectrum of dW = W - W0, next to W0 and to random matrices; at the end,
 what the model can still do when every dW is cut to rank r.
 subspaces: LoRA with r = 8 and r = 64 on q_proj and v_proj, three seeds each,
 on the topics; how far do their directions agree (LoRA paper, section 7.2)?
-tiny: the tiny GPT-2 on the King James text, full fine-tuning as above; one
-real dW is stored whole in updates_tiny.npz.
+tiny: the tiny GPT-2 on the King James text, full fine-tuning as above.
 
 Training runs in bfloat16 autocast over float32 weights.
 """
@@ -55,7 +54,7 @@ OUT = Path(__file__).parents[1] / "notebooks" / "results"
 SEED = 0
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128]  # the ranks at which energy is stored
 SNAPSHOTS = [20, 80, 160]
-SWEEP_STEPS = 25
+SWEEP_STEPS = {"full": 50, "lora": 25, "tiny": 50}
 LEARNING_RATES = {
     "full": [3e-5, 1e-4, 3e-4],
     "tiny": [3e-4, 1e-3, 3e-3],
@@ -64,13 +63,12 @@ LEARNING_RATES = {
 LORA_STEPS, LORA_SEEDS, LORA_ALPHA = 100, [0, 1, 2], 16
 TARGETS = ["q_proj", "v_proj"]
 LABELS = DATASETS["topics"].labels
-WHOLE = "transformer.h.2.attn.c_proj"  # of the tiny GPT-2: 256 x 256
 EXAMPLES = [  # matrices whose whole spectrum is stored
     "model.layers.4.self_attn.q_proj",
     "model.layers.15.self_attn.v_proj",
     "model.layers.15.self_attn.o_proj",
     "model.layers.15.mlp.down_proj",
-    WHOLE,
+    "transformer.h.2.attn.c_proj",
 ]
 
 
@@ -227,7 +225,7 @@ def best_learning_rate(kind, task, make):
     for lr in LEARNING_RATES[kind]:
         model = make()
         try:
-            train(model, task.batches(SEED), SWEEP_STEPS, lr)
+            train(model, task.batches(SEED), SWEEP_STEPS[kind], lr)
             losses[lr] = task.score(model, "validation")["loss"]
         except RuntimeError as error:  # diverged
             losses[lr] = None
@@ -238,7 +236,7 @@ def best_learning_rate(kind, task, make):
 
 
 def updates(task, make, kind="full"):
-    """Fine-tune everything; return what becomes of the matrices, and it."""
+    """Fine-tune everything; return what becomes of the matrices."""
     sweep, lr = best_learning_rate(kind, task, make)
     model = make()
     start = {k: w.clone() for k, w in block_matrices(model.model).items()}
@@ -281,7 +279,7 @@ def updates(task, make, kind="full"):
             "method": "full fine-tuning, AdamW without weight decay",
             "learning_rate": lr,
             "learning_rate_sweep": {
-                "steps": SWEEP_STEPS,
+                "steps": SWEEP_STEPS[kind],
                 "validation_loss": {str(k): v for k, v in sweep.items()},
             },
             "n_trained": sum(p.numel() for p in model.parameters()),
@@ -300,7 +298,7 @@ def updates(task, make, kind="full"):
             for k, v in examples.items()
         },
         **cut_updates(task, model, start, base),
-    }, model
+    }
 
 
 @torch.no_grad()
@@ -465,7 +463,7 @@ def subspaces(task, make):
             "lora_alpha": LORA_ALPHA,
             "learning_rate": {str(r): lr for r, lr in best.items()},
             "learning_rate_sweep": {
-                "steps": SWEEP_STEPS,
+                "steps": SWEEP_STEPS["lora"],
                 "validation_loss": {
                     str(r): {str(k): v for k, v in sweep.items()}
                     for r, sweep in sweeps.items()
@@ -526,13 +524,7 @@ def main():
         result = subspaces(task, make)
     else:
         kind = "tiny" if args.what == "tiny" else "full"
-        result, model = updates(task, make, kind)
-    if args.what == "tiny":
-        start_of = block_matrices(make().model)[WHOLE]
-        dW = block_matrices(model.model)[WHOLE] - start_of
-        arrays = {"dW": dW.numpy().astype(np.float16)}
-        np.savez_compressed(args.out / "updates_tiny.npz", **arrays)
-        result["whole"] = {"name": WHOLE, "file": "updates_tiny.npz"}
+        result = updates(task, make, kind)
     seconds = time.process_time() - start
     result = {"made": made(args, seconds), **result}
     path = args.out / f"updates_{args.what}.json"
