@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+from PIL import Image
 from trim_css import trim, words_of
 
 MATHJAX_FILES = [
@@ -110,6 +111,16 @@ def copy_mathjax(app, exc):
             shutil.copyfile(source / name, to)
 
 
+def shrink_figures(app, exc):
+    """Store figures with a palette of 256 colours: a third of the bytes."""
+    if exc or app.builder.format != "html":
+        return
+    for path in (Path(app.outdir) / "_images").glob("*.png"):
+        with Image.open(path) as image:
+            flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        flat.save(path, optimize=True)
+
+
 def launch_student_copies(app, pagename, templatename, context, doctree):
     """Point the launch and download links at the exercise copy."""
     if not pagename.startswith("notebooks/"):
@@ -185,6 +196,7 @@ def setup(app):
     """Register with Sphinx."""
     app.connect("html-page-context", launch_student_copies, priority=900)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", shrink_figures)
     app.connect("build-finished", fix_html)
     app.connect("build-finished", search_from_a_folder)
     app.connect("build-finished", lighten)
