@@ -11,8 +11,7 @@ workspaces and fragmentation come on top: on a GPU, a GB or two.
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.2; Rajbhandari et al. 2020,
 arXiv:1910.02054, section 3 (16 bytes per parameter); Dettmers et al. 2023,
 arXiv:2305.14314, section 3 (bits of NF4).
-Taught in: notebooks/01_rank.ipynb, notebooks/04_lora_model.ipynb,
-notebooks/10_qlora.ipynb
+Taught in: notebooks/01_rank.ipynb, notebooks/04_lora_model.ipynb
 """
 
 import math

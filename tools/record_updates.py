@@ -5,7 +5,8 @@
     python tools/record_updates.py subspaces   # about 20 min
     python tools/record_updates.py tiny        # about 3 min
 
-Writes notebooks/results/updates_NAME.json, read by lesson 02.
+Writes notebooks/results/updates_NAME.json; lesson 02 reads all but kjv, which
+has not been recorded yet.
 
 topics, kjv: all parameters of SmolLM2-135M-Instruct are trained, once to name
 the topic of a WordNet gloss, once to write like the King James Bible. After
