@@ -42,7 +42,8 @@ def train(
             ids (b, t), predicted token by token, or a dict of tensors that
             the model takes as keywords, ``labels`` among them.
         steps: number of optimizer steps, >= 1.
-        lr: learning rate, > 0.
+        lr: learning rate, > 0. If your own optimizer has several groups, it
+            is that of the first; the others keep their ratio to it (LoRA+).
         warmup_steps: the learning rate rises linearly over so many steps.
         decay: whether it then falls to zero along half a cosine; otherwise
             it stays constant.
@@ -52,8 +53,9 @@ def train(
     Raises:
         ValueError: if nothing is trainable, an argument is out of range, a
             batch has the wrong type, or the batches run out.
-        RuntimeError: if the loss is NaN or infinite; the weights are those
-            of the step before.
+        RuntimeError: if the loss or a gradient is NaN or infinite. The
+            message names the step, and the trainable parameters are those
+            with which the loss was last finite: a copy of them is kept.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -69,6 +71,14 @@ def train(
         )
     if optimizer is None:
         optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    first = optimizer.param_groups[0]["lr"]
+    if not first > 0:
+        raise ValueError(
+            f"the optimizer's first group has lr={first}; the groups' rates "
+            "are taken relative to it, so make it positive"
+        )
+    peaks = [lr * group["lr"] / first for group in optimizer.param_groups]
+    good = [p.detach().clone() for p in trainable]
     device = trainable[0].device
     history, source, was_training = [], iter(batches), model.training
     model.train()
@@ -80,15 +90,28 @@ def train(
                 raise ValueError(
                     f"batches ran out after {step} of {steps} steps"
                 ) from None
-            for group in optimizer.param_groups:
-                group["lr"] = lr * _factor(step, steps, warmup_steps, decay)
+            factor = _factor(step, steps, warmup_steps, decay)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
             loss = model(**_inputs(batch, device)).loss
             if not torch.isfinite(loss):
+                _restore(trainable, good)
                 raise RuntimeError(
-                    f"loss is {loss.item()} at step {step}: lower the "
-                    "learning rate or warm it up"
+                    f"loss is {loss.item()} at step {step}; the weights are "
+                    f"back at those of step {max(0, step - 1)}. Lower the "
+                    "learning rate, warm it up, or look for NaN in the batch"
                 )
             loss.backward()
+            norm = nn.utils.get_total_norm(
+                [p.grad for p in trainable if p.grad is not None]
+            )
+            if not torch.isfinite(norm):
+                raise RuntimeError(
+                    f"a gradient is NaN or infinite at step {step}, loss "
+                    f"{loss.item():.4g}; nothing was updated. Lower the "
+                    "learning rate or look for overflow in half precision"
+                )
+            _restore(good, trainable)  # the loss was finite with these
             optimizer.step()
             optimizer.zero_grad()
             history.append(loss.item())
@@ -142,6 +165,13 @@ def _progress(steps: int) -> tqdm:
     """Return range(steps) with a bar for a person, silent in a build."""
     off = os.environ.get("LORA_PROGRESS") == "0"
     return tqdm(range(steps), desc="training", unit="step", disable=off)
+
+
+@torch.no_grad()
+def _restore(places: list[Tensor], values: list[Tensor]) -> None:
+    """Copy each value into its place."""
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Tests for lora_from_scratch/train.py on models of a few numbers."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -105,6 +106,28 @@ def test_rate_is_constant_by_default(model, data):
     assert rates == [0.2] * 4
 
 
+def test_groups_keep_their_ratio_to_the_first(model, data):
+    parameters = list(model.parameters())
+    groups = [
+        {"params": parameters[:1], "lr": 0.5},
+        {"params": parameters[1:], "lr": 8.0},
+    ]
+    optimizer = torch.optim.SGD(groups)
+    rates = []
+    optimizer.register_step_pre_hook(
+        lambda o, *_: rates.append([g["lr"] for g in o.param_groups])
+    )
+    for _ in range(2):  # the second call finds the rates of the first
+        train(model, data, 2, 0.2, 2, optimizer=optimizer)
+    assert rates == [pytest.approx(x) for x in [[0.1, 1.6], [0.2, 3.2]] * 2]
+
+
+def test_a_first_group_without_a_rate_is_an_error(model, data):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(ValueError, match="first group has lr=0.0"):
+        train(model, data, 1, 0.1, optimizer=optimizer)
+
+
 def test_own_optimizer_keeps_its_state_between_calls(model, data):
     torch.manual_seed(0)
     twin = Bigram().double()
@@ -166,11 +189,31 @@ def test_infinite_loss_stops_with_the_step_and_the_last_weights(model, data):
                 loss=loss * (math.nan if self.calls == 4 else 1)
             )
 
-    broken = Breaks().eval()
-    with pytest.raises(RuntimeError, match="loss is nan at step 3"):
+    broken, twin = Breaks().eval(), copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="loss is nan at step 3.*of step 2"):
         train(broken, data, 10, 0.01)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not broken.training
+    # the third loss was the last finite one: two updates came before it
+    train(twin, data, 2, 0.01)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(p, q, rtol=0, atol=0)
+
+
+def test_a_diverged_run_gives_back_weights_with_a_finite_loss(model, data):
+    with pytest.raises(RuntimeError, match="at step"):
+        train(model, data, 24, 1e200)
+    assert math.isfinite(evaluate(model, data[0]))
+
+
+def test_infinite_gradient_stops_before_the_update(model, data):
+    before = copy.deepcopy(model.state_dict())
+    weight = next(model.parameters())
+    weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(RuntimeError, match="gradient is NaN or infinite at st"):
+        train(model, data, 3, 0.01)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert weight.grad is None
 
 
 def test_nothing_to_train_is_an_error(model, data):

@@ -30,16 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tasks import KingJames, Mixed, Topics
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_from_scratch.config import LoRAConfig
-from lora_from_scratch.data import (
-    DATASETS,
-    batches,
-    load_data,
-    token_windows,
-)
 from lora_from_scratch.inject import add_lora
 from lora_from_scratch.models import load_base
 from lora_from_scratch.spectrum import (
@@ -49,7 +44,7 @@ from lora_from_scratch.spectrum import (
     rank_for_energy,
     similarity_grid,
 )
-from lora_from_scratch.train import evaluate, train
+from lora_from_scratch.train import train
 
 OUT = Path(__file__).parents[1] / "notebooks" / "results"
 SEED = 0
@@ -63,7 +58,6 @@ LEARNING_RATES = {
 }
 LORA_STEPS, LORA_SEEDS, LORA_ALPHA = 100, [0, 1, 2], 16
 TARGETS = ["q_proj", "v_proj"]
-LABELS = DATASETS["topics"].labels
 EXAMPLES = [  # matrices whose whole spectrum is stored
     "model.layers.4.self_attn.q_proj",
     "model.layers.15.self_attn.v_proj",
@@ -71,113 +65,6 @@ EXAMPLES = [  # matrices whose whole spectrum is stored
     "model.layers.15.mlp.down_proj",
     "transformer.h.2.attn.c_proj",
 ]
-
-
-class Mixed(nn.Module):
-    """Run the forward pass of a model in bfloat16 autocast."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs):
-        """Return what the model returns."""
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model(**inputs)
-
-
-class Topics:
-    """Name the topic of a gloss: the loss is on the label's one token."""
-
-    name = "topic of a WordNet gloss, 7 classes (prompt and label token)"
-    data = "WordNet 3.0 glosses; lora_from_scratch/assets/data"
-    batch_size, prompt = 8, "Definition: {}\nTopic:"
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        examples = load_data("topics", "train")
-        self.validation, self.train = examples[:140], examples[140:]
-        self.test = load_data("topics", "test")[:210]
-        self.label_ids = [
-            i for w in LABELS for i in tokenizer(" " + w)["input_ids"]
-        ]
-        assert len(set(self.label_ids)) == len(LABELS)  # one token each
-
-    def batch(self, examples):
-        """Return padded ids, mask and labels (b, t) for the examples."""
-        rows = [
-            self.tokenizer(self.prompt.format(e["text"]))["input_ids"]
-            + [self.label_ids[e["label"]]]
-            for e in examples
-        ]
-        t = max(map(len, rows))
-        ids = torch.full((len(rows), t), self.tokenizer.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-            labels[i, len(row) - 1] = row[-1]
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    def batches(self, seed):
-        """Yield batches without end, in an order given by the seed."""
-        generator = torch.Generator().manual_seed(seed)
-        numbers = torch.arange(len(self.train))
-        for part in batches(numbers, self.batch_size, generator):
-            yield self.batch([self.train[i] for i in part.tolist()])
-
-    @torch.no_grad()
-    def score(self, model, split="test"):
-        """Return nats of the right label token and accuracy among labels."""
-        model.eval()
-        nats, right, n = 0.0, 0, 0
-        examples = sorted(getattr(self, split), key=lambda e: len(e["text"]))
-        for i in range(0, len(examples), 35):
-            part = examples[i : i + 35]
-            batch = self.batch(part)
-            labels = batch.pop("labels")
-            logits = model(**batch).logits[:, :-1].float()
-            rows, at = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-            logits = logits[rows, at]  # (b, v): before the label token
-            gold = labels[:, 1:][rows, at]
-            nats += nn.functional.cross_entropy(
-                logits, gold, reduction="sum"
-            ).item()
-            choice = logits[:, self.label_ids].argmax(1).tolist()
-            right += sum(
-                c == e["label"] for c, e in zip(choice, part, strict=True)
-            )
-            n += len(part)
-        return {"loss": round(nats / n, 4), "accuracy": round(right / n, 4)}
-
-
-class KingJames:
-    """Predict the next token of the King James Bible."""
-
-    name = "next token of the King James Bible"
-    data = "King James Bible, public domain; lora_from_scratch/assets/data"
-
-    def __init__(self, tokenizer, batch_size=4, length=128):
-        self.batch_size, self.length = batch_size, length
-        train, test = (
-            token_windows(
-                tokenizer, [row["text"] for row in load_data("kjv", p)], length
-            )
-            for p in ("train", "validation")
-        )
-        # every 80th window of the training books chooses the learning rate
-        chosen = torch.arange(len(train)) % 80 == 0
-        self.validation, self.train = train[chosen], train[~chosen]
-        self.test = test[:: len(test) // 24][:24]
-
-    def batches(self, seed):
-        """Return batches without end, in an order given by the seed."""
-        generator = torch.Generator().manual_seed(seed)
-        return batches(self.train, self.batch_size, generator)
-
-    def score(self, model, split="test"):
-        """Return nats per token."""
-        return {"loss": round(evaluate(model, getattr(self, split)), 4)}
 
 
 def block_matrices(model):

@@ -1,0 +1,370 @@
+"""Train one small model hundreds of times, changing one setting at a time.
+
+    python tools/record_ablations.py rank       # also alpha, targets, rates,
+                                                # dropout, batch, topics
+    python tools/record_ablations.py rank --again 12
+
+Writes notebooks/results/ablation_NAME.json, one row per run; lessons 06 to 08
+read them. A run takes 15 to 25 s on one CPU core; ``made.cpu_seconds`` says
+how long all of them took. Stopped runs go on where they were. ``--again N``
+trains row N once more and fails unless every loss comes out the same.
+
+The learning rate is tuned for every setting before anything is compared:
+three rates around a guess with seed 0, more as long as the best of them, by
+validation loss, is the lowest or the highest; then seeds 1 and 2 at the best.
+A seed draws the order of the batches and the start of the adapter. Test texts
+choose nothing.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from tasks import KingJames, Topics, old_text
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_from_scratch.config import LoRAConfig
+from lora_from_scratch.inject import add_lora, count_parameters
+from lora_from_scratch.models import load_base
+from lora_from_scratch.train import evaluate, train
+
+OUT = Path(__file__).parents[1] / "notebooks" / "results"
+RATES = [m * 10**e for e in range(-6, 1) for m in (1, 2, 5)]  # about x 2.15
+SEEDS = [0, 1, 2]
+STEPS, LENGTH, BATCH = 80, 64, 8
+ALL = ["c_attn", "c_proj", "c_fc"]
+BASE = {  # what a run does unless its experiment says otherwise
+    "task": "kjv",
+    "method": "lora",
+    "targets": "all-linear",
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "steps": STEPS,
+    "batch_size": BATCH,
+    "n_train": None,  # windows or examples; None for all
+}
+
+
+class SplitAttention(nn.Module):
+    """GPT-2's fused c_attn as three layers, so that each can be adapted."""
+
+    def __init__(self, fused: Conv1D):
+        super().__init__()
+        weights = fused.weight.T.chunk(3)  # (d, d) each
+        biases = fused.bias.chunk(3)
+        for name, W, b in zip("qkv", weights, biases, strict=True):
+            layer = nn.Linear(W.shape[1], W.shape[0])
+            layer.weight, layer.bias = nn.Parameter(W), nn.Parameter(b)
+            setattr(self, f"{name}_proj", layer)
+
+    def forward(self, x):
+        """Return queries, keys and values side by side (..., 3 d)."""
+        return torch.cat(
+            [self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1
+        )
+
+
+def split_attention(model):
+    """Replace each c_attn of a GPT-2, in place; the function is the same."""
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn = SplitAttention(block.attn.c_attn)
+    return model
+
+
+TARGETS = {  # on the split model
+    "qv": ["q_proj", "v_proj"],
+    "attention": ["q_proj", "k_proj", "v_proj", "attn.c_proj"],
+    "mlp": ["c_fc", "mlp.c_proj"],
+    "all": [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "attn.c_proj",
+        "c_fc",
+        "mlp.c_proj",
+    ],
+}
+
+
+def build(setting):
+    """Return the model with its adapter, and the optimizer's groups."""
+    model, _ = load_base("tiny")
+    model.config.use_cache = False
+    method = setting["method"]
+    torch.manual_seed(1000 + setting["seed"])  # draws the adapter
+    if method == "full":
+        model.requires_grad_(True)
+    elif method in ("lora", "rslora", "loraplus"):
+        targets = setting["targets"]
+        if targets in TARGETS:
+            model = split_attention(model)
+            targets = TARGETS[targets]
+        config = LoRAConfig(
+            r=setting["r"],
+            lora_alpha=setting["lora_alpha"],
+            lora_dropout=setting["lora_dropout"],
+            target_modules=targets,
+            use_rslora=method == "rslora",
+        )
+        add_lora(model, config)
+    else:
+        raise ValueError(f"no method {method!r}")
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if method == "loraplus":
+        ratio = setting["ratio"]
+        return model, [
+            {"params": [p for n, p in named if "lora_A" in n], "lr": 1.0},
+            {"params": [p for n, p in named if "lora_B" in n], "lr": ratio},
+        ]
+    return model, [{"params": [p for _, p in named], "lr": 1.0}]
+
+
+class Tasks:
+    """Make each task once."""
+
+    def __init__(self):
+        self.tokenizer = load_base("tiny")[1]
+        self.made = {}
+        self.old = old_text(self.tokenizer, LENGTH, 64)
+
+    def __call__(self, setting):
+        """Return the task of a setting."""
+        key = setting["task"], setting["batch_size"], setting["n_train"]
+        if key not in self.made:
+            name, batch_size, n_train = key
+            if name == "kjv":
+                task = KingJames(self.tokenizer, batch_size, LENGTH, 96)
+            else:
+                task = Topics(self.tokenizer, batch_size, 420)
+            if n_train:
+                task.train = task.train[:n_train]
+            self.made[key] = task
+        return self.made[key]
+
+
+def run(setting, tasks):
+    """Train once and return the row: the setting and what came out."""
+    task = tasks(setting)
+    start = time.process_time()
+    model, groups = build(setting)
+    trainable = count_parameters(model)[0]
+    for group in groups:
+        group["lr"] *= setting["lr"]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    steps, row = setting["steps"], dict(setting)
+    torch.manual_seed(2000 + setting["seed"])  # dropout
+    try:
+        losses = train(
+            model,
+            task.batches(setting["seed"]),
+            steps,
+            setting["lr"],
+            warmup_steps=max(1, steps // 16),
+            decay=True,
+            optimizer=optimizer,
+        )
+        seconds = time.process_time() - start
+        row["train_loss"] = round(sum(losses[-8:]) / len(losses[-8:]), 4)
+        row["validation_loss"] = task.score(model, "validation")["loss"]
+        for key, value in task.score(model).items():
+            row[f"test_{key}"] = value
+        row["old_loss"] = round(evaluate(model, tasks.old), 4)
+    except RuntimeError as error:  # diverged
+        seconds = time.process_time() - start
+        row["diverged"] = str(error).split(";")[0]
+    row["n_trainable"] = trainable
+    row["cpu_seconds"] = round(seconds, 1)
+    return row
+
+
+def near(lr):
+    """Return the place of a rate in RATES."""
+    return min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / lr)))
+
+
+class Experiment:
+    """Rows of one file: runs what is missing, writes after every run."""
+
+    def __init__(self, name, folder):
+        self.name = name
+        self.path = folder / f"ablation_{name}.json"
+        self.tasks = Tasks()
+        self.rows = []
+        if self.path.exists():
+            self.rows = json.loads(self.path.read_text("utf-8"))["rows"]
+
+    def row(self, **changes):
+        """Return the row of BASE with these changes; train if it is new."""
+        setting = {**BASE, **changes}
+        for row in self.rows:
+            if setting.items() <= row.items():
+                return row
+        row = run(setting, self.tasks)
+        self.rows.append(row)
+        self.write()
+        shown = {k: v for k, v in row.items() if v != BASE.get(k)}
+        print(len(self.rows), shown, flush=True)
+        return row
+
+    def tune(self, guess, seeds=SEEDS, **changes):
+        """Find the best learning rate with seed 0, run the other seeds."""
+
+        def loss(i):
+            row = self.row(lr=RATES[i], seed=seeds[0], **changes)
+            return row.get("validation_loss", math.inf)
+
+        i = near(guess)
+        tried = {j: loss(j) for j in (i - 1, i, i + 1)}
+        while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
+            j = best - 1 if best == min(tried) else best + 1
+            if not 0 <= j < len(RATES):
+                break
+            tried[j] = loss(j)
+        for seed in seeds[1:]:
+            self.row(lr=RATES[best], seed=seed, **changes)
+        return RATES[best]
+
+    def write(self):
+        """Write the file whole, or not at all."""
+        made = {
+            "command": f"python tools/record_ablations.py {self.name}",
+            "date": str(date.today()),
+            "hardware": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": peft.__version__,
+            },
+            "scale": "tiny",
+            "seeds": SEEDS,
+            "precision": "float32",
+            "cpu_seconds": round(sum(row["cpu_seconds"] for row in self.rows)),
+        }
+        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
+        text = f'{{\n "made": {json.dumps(made)},\n "rows": [\n  {rows}\n ]\n}}'
+        part = self.path.with_suffix(".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+
+def cpu_name():
+    """Return the processor's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if "model name" in line:
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+RANKS = [1, 2, 4, 8, 16, 32, 64]
+
+
+def rank(e):
+    """Rank 1 to 64 with alpha = 16, each at its own learning rate."""
+    for r in RANKS:
+        e.tune(5e-3, r=r)
+    for r in RANKS:  # and all of them at the rate that suits r = 8
+        for seed in SEEDS:
+            e.row(r=r, lr=RATES[near(5e-3)], seed=seed)
+
+
+def alpha(e):
+    """Two other rules for the scale: alpha / sqrt(r), and alpha = 2 r."""
+    for r in (1, 4, 16, 64):
+        e.tune(2e-3, r=r, method="rslora")
+        e.tune(5e-3, r=r, lora_alpha=2 * r)
+    for a in (4, 64):  # alpha alone, at r = 8
+        e.tune(5e-3, lora_alpha=a)
+    for r in (1, 4, 16, 64):  # one rate for all, as one who does not tune
+        for seed in SEEDS:
+            e.row(r=r, method="rslora", lr=5e-3, seed=seed)
+            e.row(r=r, lora_alpha=2 * r, lr=5e-3, seed=seed)
+
+
+def targets(e):
+    """Which matrices: all at r = 8, then at one number of parameters."""
+    for name, r in {"qv": 18, "attention": 9, "mlp": 7, "all": 4}.items():
+        e.tune(5e-3, targets=name)
+        e.tune(5e-3, targets=name, r=r)
+
+
+def rates(e):
+    """Full fine-tuning and LoRA+, each at its own learning rate."""
+    e.tune(5e-4, method="full")
+    for ratio in (4, 16):
+        e.tune(2e-3, method="loraplus", ratio=ratio)
+
+
+def dropout(e):
+    """Dropout with much text, and with little text read many times."""
+    for n_train in (None, 24):
+        for p in (0.0, 0.05, 0.1, 0.3):
+            for seed in SEEDS:
+                e.row(lora_dropout=p, n_train=n_train, lr=5e-3, seed=seed)
+    for r in (1, 64):
+        e.tune(5e-3, r=r, n_train=24)
+    e.tune(5e-3, n_train=24)
+    e.tune(5e-4, n_train=24, method="full")
+
+
+def batch(e):
+    """The same number of tokens in small and in large batches."""
+    for size in (2, 8, 32):
+        changes = {"batch_size": size, "steps": STEPS * BATCH // size}
+        e.tune(5e-3, **changes)
+        e.tune(5e-4, method="full", **changes)
+
+
+def topics(e):
+    """Rank once more, on a task in which little is to be learned."""
+    for r in (1, 2, 8, 64):
+        e.tune(5e-3, r=r, task="topics", batch_size=16)
+    e.tune(5e-4, method="full", task="topics", batch_size=16)
+
+
+EXPERIMENTS = {
+    f.__name__: f for f in (rank, alpha, targets, rates, dropout, batch, topics)
+}
+
+
+def again(experiment, number):
+    """Train one row once more; exit with 1 if a loss differs."""
+    old = experiment.rows[number]
+    done = ("train_loss", "validation_loss", "test_loss", "test_accuracy")
+    done += ("old_loss", "diverged", "n_trainable", "cpu_seconds")
+    setting = {k: v for k, v in old.items() if k not in done}
+    new = run(setting, experiment.tasks)
+    old, new = ({**row, "cpu_seconds": None} for row in (old, new))
+    print(f"recorded {old}\nnow      {new}")
+    print("the same" if old == new else "DIFFERENT")
+    return old != new
+
+
+def main():
+    """Run one experiment, or one row of it again."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=list(EXPERIMENTS))
+    parser.add_argument("--again", type=int, metavar="ROW")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    experiment = Experiment(args.what, args.out)
+    if args.again is not None:
+        sys.exit(again(experiment, args.again))
+    EXPERIMENTS[args.what](experiment)
+
+
+if __name__ == "__main__":
+    main()
