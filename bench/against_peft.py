@@ -1,4 +1,4 @@
-"""Compare one training step with PEFT's: CPU time and bytes for backward.
+"""Compare with PEFT: CPU time of steps and layers, bytes kept for backward.
 
     make bench                                    # about five minutes
     python bench/against_peft.py --repeats 3      # a quick look
@@ -30,18 +30,29 @@ from lora_from_scratch import (  # noqa: E402
     LoRAConv1D,
     LoRALinear,
     add_lora,
-    lora_parameters,
 )
+from lora_from_scratch.variants.dora import DoRALinear  # noqa: E402
 
 warnings.filterwarnings("ignore", message="fan_in_fan_out")
 
 R, ALPHA, BATCH, TOKENS = 8, 16, 8, 128
 SMALL = {}  # GPT2Config's defaults are GPT-2 small, 124 M parameters
 COURSE = {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 4096}
+D_IN, D_OUT = 768, 3072
 STEPS = [
     ("GPT-2 small shape, fp32", SMALL, torch.float32, 0.95),
     ("GPT-2 small shape, bf16", SMALL, torch.bfloat16, 0.80),
     ("4 layers, d_model 256, fp32", COURSE, torch.float32, 0.90),
+]
+LAYERS = [  # name, dtype, dropout, DoRA, against the frozen layer, goal
+    ("LoRA, fp32", torch.float32, 0.0, False, False, None),
+    ("LoRA, fp32, dropout 0.05", torch.float32, 0.05, False, False, None),
+    ("LoRA, bf16 base", torch.bfloat16, 0.0, False, False, None),
+    ("DoRA, fp32", torch.float32, 0.0, True, False, 0.60),
+    ("DoRA, fp32, dropout 0.05", torch.float32, 0.05, True, False, None),
+    ("DoRA, bf16 base", torch.bfloat16, 0.0, True, False, None),
+    ("LoRA, fp32, to frozen", torch.float32, 0.0, False, True, None),
+    ("DoRA, fp32, to frozen", torch.float32, 0.0, True, True, 1.30),
 ]
 
 
@@ -66,27 +77,70 @@ def pair(shape, dtype):
     return add_lora(model, LoRAConfig(r=R, lora_alpha=ALPHA)), theirs
 
 
-def step_ratios(shape, dtype, repeats):
-    """Return CPU seconds of (ours, theirs), one pair a repeat."""
-    ours, theirs = pair(shape, dtype)
-    tokens = torch.randint(0, 4096, (BATCH, TOKENS))
-    trained = [p for p in theirs.parameters() if p.requires_grad]
-    sides = [
-        (ours, torch.optim.AdamW(lora_parameters(ours), fused=True)),
-        (theirs, torch.optim.AdamW(trained, fused=True)),
-    ]
+def paired(ours, theirs, repeats):
+    """Return CPU seconds of (ours, theirs) for two calls, one pair a repeat."""
     times = []
     for repeat in range(repeats + 1):
         row = [0.0, 0.0]
         for side in (0, 1) if repeat % 2 else (1, 0):
-            model, optimizer = sides[side]
             start = time.process_time()
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            (ours, theirs)[side]()
             row[side] = time.process_time() - start
         times.append(row)
     return times[1:]  # the first pair warms up
+
+
+def step_times(shape, dtype, repeats):
+    """Return CPU seconds of a training step, ours and PEFT's."""
+    tokens = torch.randint(0, 4096, (BATCH, TOKENS))
+
+    def step(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+
+        def run():
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    ours, theirs = pair(shape, dtype)
+    return paired(step(ours), step(theirs), repeats)
+
+
+def layer_times(dtype, dropout, use_dora, against_frozen, repeats):
+    """Return CPU seconds of forward and backward through one layer.
+
+    The other side is PEFT's layer, or the frozen layer without an adapter.
+    """
+    base = torch.nn.Linear(D_IN, D_OUT).to(dtype).requires_grad_(False)
+    other = One(copy.deepcopy(base))
+    if not against_frozen:
+        other = get_peft_model(
+            other,
+            LoraConfig(
+                r=R,
+                lora_alpha=ALPHA,
+                lora_dropout=dropout,
+                target_modules=["layer"],
+                use_dora=use_dora,
+            ),
+        )
+    wrap = DoRALinear if use_dora else LoRALinear
+    x = torch.randn(BATCH * TOKENS, D_IN, dtype=dtype, requires_grad=True)
+    dh = torch.randn(BATCH * TOKENS, D_OUT, dtype=dtype)
+
+    def step(module):
+        def run():
+            module(x).backward(dh)
+            module.zero_grad()
+            x.grad = None
+
+        return run
+
+    ours = wrap(base, R, ALPHA, dropout)
+    return paired(step(ours), step(other), repeats)
 
 
 def saved_bytes(module, x, base_layer):
@@ -120,17 +174,16 @@ class One(torch.nn.Module):
 
 def memory_rows():
     """Yield (layer, dtype, bytes of ours, of theirs)."""
-    d_in, d_out = 768, 3072
     for kind, ours in (("Linear", LoRALinear), ("Conv1D", LoRAConv1D)):
         for dtype in (torch.float32, torch.bfloat16):
             if kind == "Linear":
-                base = torch.nn.Linear(d_in, d_out).to(dtype)
+                base = torch.nn.Linear(D_IN, D_OUT).to(dtype)
             else:
-                base = Conv1D(d_out, d_in).to(dtype)
+                base = Conv1D(D_OUT, D_IN).to(dtype)
             config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["layer"])
             theirs = get_peft_model(One(copy.deepcopy(base)), config)
             peft_base = theirs.base_model.model.layer.base_layer
-            x = torch.randn(BATCH * TOKENS, d_in, dtype=dtype)
+            x = torch.randn(BATCH * TOKENS, D_IN, dtype=dtype)
             yield (
                 kind,
                 str(dtype).removeprefix("torch."),
@@ -141,32 +194,50 @@ def memory_rows():
             )
 
 
+def time_table(title, first, repeats):
+    """Return an empty table of CPU seconds."""
+    table = Table(
+        title=f"{title}, r={R}, batch {BATCH} x {TOKENS} tokens, CPU seconds, "
+        f"median of {repeats} pairs"
+    )
+    for column in (first, "ours", "other", "ratio", "quartiles", "goal"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    return table
+
+
+def add_times(table, name, times, goal):
+    """Add the medians of both sides and of their ratio."""
+    ratios = [ours / theirs for ours, theirs in times]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    table.add_row(
+        name,
+        f"{statistics.median(t[0] for t in times):.4f}",
+        f"{statistics.median(t[1] for t in times):.4f}",
+        f"{middle:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        f"<= {goal:.2f}" if goal else "",
+    )
+
+
 def main():
-    """Measure and print both tables."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=11)
-    repeats = parser.parse_args().repeats
+    repeats = max(2, parser.parse_args().repeats)  # quartiles need two
     torch.set_num_threads(1)
 
-    table = Table(
-        title=f"One training step, all-linear r={R}, batch {BATCH} x "
-        f"{TOKENS} tokens, CPU seconds, median of {repeats} pairs"
-    )
-    for column in ("model", "ours", "PEFT", "ratio", "quartiles", "goal"):
-        table.add_column(column, justify="right" if table.columns else "left")
-    for name, shape, dtype, goal in STEPS:
-        times = step_ratios(shape, dtype, repeats)
-        ratios = [ours / theirs for ours, theirs in times]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        table.add_row(
-            name,
-            f"{statistics.median(t[0] for t in times):.3f}",
-            f"{statistics.median(t[1] for t in times):.3f}",
-            f"{middle:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"<= {goal:.2f}",
-        )
     console = Console(width=100)
+
+    table = time_table("One training step, all-linear", "model", repeats)
+    for name, shape, dtype, goal in STEPS:
+        add_times(table, name, step_times(shape, dtype, repeats), goal)
+    console.print(table)
+
+    table = time_table(
+        f"Forward and backward of one layer {D_IN} -> {D_OUT}", "layer", repeats
+    )
+    for name, *settings, goal in LAYERS:
+        add_times(table, name, layer_times(*settings, repeats), goal)
     console.print(table)
 
     table = Table(

@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_from_scratch.doctor import examine, gib
+from lora_from_scratch.memory import ARCHITECTURES, nf4_bits, training_ledger
 from lora_from_scratch.models import describe
 
 app = typer.Typer(
@@ -40,6 +41,65 @@ def doctor() -> None:
                 f"{verdict.reason}. LORA_SCALE=tiny needs the least."
             )
             raise typer.Exit(1)
+
+
+@app.command()
+def memory(
+    model: str,
+    r: int = 8,
+    targets: str = "all-linear",
+    batch: int = 1,
+    tokens: int | None = None,
+    checkpointing: bool = False,
+) -> None:
+    """Say what a training step of MODEL holds in memory, with AdamW.
+
+    TARGETS are name endings, with commas between them. TOKENS are 1,024, or
+    as many as the model has positions. Exit status 2 for a model or a setting
+    that cannot be counted.
+    """
+    lora = dict(r=r, target_modules=targets, checkpointing=checkpointing)
+    if targets != "all-linear":
+        lora["target_modules"] = targets.split(",")
+    try:
+        if model not in ARCHITECTURES:
+            raise ValueError(
+                f"model must be one of {', '.join(ARCHITECTURES)}, "
+                f"got {model!r}"
+            )
+        a = ARCHITECTURES[model]
+        if tokens is None:
+            tokens = min(1024, a.n_positions or 1024)
+        setting, nf4 = (batch, tokens), nf4_bits()
+        full = dict(recipe="bf16", checkpointing=checkpointing)
+        columns = {
+            "full, bf16": training_ledger(a, *setting, **full),
+            "LoRA, bf16": training_ledger(
+                a, *setting, **lora, bits_per_parameter=16
+            ),
+            "QLoRA, NF4": training_ledger(
+                a, *setting, **lora, bits_per_parameter=nf4
+            ),
+        }
+    except ValueError as error:
+        Console(stderr=True).print(str(error), highlight=False, markup=False)
+        raise typer.Exit(2) from error
+    console = Console(highlight=False, markup=False)
+    console.print(_ledgers(columns, f"{model}, {batch} x {tokens} tokens, GB"))
+
+
+def _ledgers(columns, title) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("item", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for items in columns.values():
+        items["total"] = sum(items.values())
+    for item in columns["full, bf16"]:
+        sizes = [items[item] for items in columns.values()]
+        if any(sizes):
+            table.add_row(item, *(f"{size / 1e9:.3f}" for size in sizes))
+    return table
 
 
 def _facts(report) -> Table:

@@ -2,16 +2,21 @@
 
 A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; keys
 ``base_model.model.<module>.lora_A.weight`` (r, d_in) and ``.lora_B.weight``
-(d_out, r), for embeddings ``.lora_embedding_A`` and ``_B`` without ending.
+(d_out, r). What follows ``<module>.`` is up to the layer: its
+``adapter_tensors``. VeRA's shared pair stands once, under ``base_model.``.
+
+PEFT knows no DyLoRA, and its PiSSA file needs a changed base model. Both are
+written as plain LoRA: DyLoRA with all its r rows, PiSSA with twice its rank.
 Source: PEFT 0.21, docs "PEFT checkpoint format".
-Taught in: notebooks/04_lora_model.ipynb
+Taught in: notebooks/04_lora_model.ipynb, notebooks/08_variants.ipynb
 """
 
 import json
+import math
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,18 +26,34 @@ from torch import Tensor, nn
 
 from lora_from_scratch.config import LoRAConfig
 from lora_from_scratch.inject import (
+    Config,
     add_lora,
     ends_with,
     lora_layers,
     remove_lora,
 )
-from lora_from_scratch.linear import LoRAConv1D, LoRAEmbedding
+from lora_from_scratch.linear import LoRAEmbedding
+from lora_from_scratch.variants.adalora import AdaLoRAConfig, AdaLoRALinear
+from lora_from_scratch.variants.pissa import PiSSALinear
+from lora_from_scratch.variants.vera import VeRAConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PROJECTIONS = "base_model.vera_A", "base_model.vera_B"  # without PREFIX
 SAMPLE = 16  # base weights remembered per adapted layer
 TOLERANCE = 5e-3  # bfloat16 rounding moves them by 0.2 %, training by more
 
+# {PEFT's peft_type: (our config, fields that a file must have, keys of PEFT's
+# that change nothing about a loaded adapter of this type)}
+TYPES = {
+    "LORA": (LoRAConfig, ("r", "lora_alpha", "target_modules"), ()),
+    "VERA": (VeRAConfig, ("r", "target_modules"), ("init_weights",)),
+    "ADALORA": (
+        AdaLoRAConfig,
+        ("init_r", "lora_alpha", "target_modules"),
+        ("r", "rank_pattern", "init_lora_weights"),
+    ),
+}
 # Keys that PEFT writes and that change nothing about the loaded adapter.
 HARMLESS = {
     "auto_mapping",
@@ -58,9 +79,10 @@ class Adapter:
     """A folder, read and checked, before any model is touched."""
 
     folder: Path
-    config: LoRAConfig
+    config: Config
     base_name: str | None
     tensors: dict[str, Tensor]  # PEFT's keys without PREFIX
+    kept: dict[str, list[bool]]  # AdaLoRA: triplets in the file, per layer
     base_sample: dict[str, list[float]] | None
 
 
@@ -69,6 +91,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Both files are written beside their places first and renamed at the end:
     after an error, an adapter that stood in ``folder`` is still whole.
+    A DyLoRA adapter is written with all its rows, whatever rank is in use.
 
     Raises:
         AdapterError: no LoRA layers, NaN or infinity in the adapter, or the
@@ -80,7 +103,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             f"{type(model).__name__} has no LoRA layers to save; call "
             "add_lora or load_adapter first"
         )
-    tensors = _tensors(model, layers)
+    # copies: safetensors refuses tensors that share memory
+    tensors = {
+        k if k in PROJECTIONS else PREFIX + k: v.detach().cpu().clone()
+        for k, v in _to_file(model, layers).items()
+    }
     _check_finite(tensors, "the model; nothing was saved")
     config = json.dumps(_peft_config(model, layers), indent=2) + "\n"
     sample = {n: _base_sample(layer) for n, layer in layers.items()}
@@ -111,28 +138,63 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             Path(part).unlink(missing_ok=True)
 
 
-def _keys(name, layer):
-    """Return PEFT's names of A and B of one layer."""
-    if isinstance(layer, LoRAEmbedding):
-        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
-    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-
-
-def _tensors(model, layers):
-    tensors = {}
-    for name, layer in layers.items():
-        key_A, key_B = _keys(name, layer)
-        tensors[PREFIX + key_A] = layer.lora_A
-        tensors[PREFIX + key_B] = layer.lora_B
+def _places(model, layers):
+    """Return {PEFT's key without PREFIX: tensor} of all that is trained."""
+    places = {
+        f"{name}.{ending}": tensor
+        for name, layer in layers.items()
+        for ending, tensor in layer.adapter_tensors().items()
+    }
+    if getattr(model.lora_config, "save_projection", False):
+        shared = next(iter(layers.values())).projections
+        pair = shared.vera_A, shared.vera_B
+        places |= dict(zip(PROJECTIONS, pair, strict=True))
     for name in model.lora_originals:
-        state = model.get_submodule(name).state_dict()
-        tensors |= {f"{PREFIX}{name}.{k}": v for k, v in state.items()}
-    # copies: safetensors refuses tensors that share memory
-    return {k: v.detach().cpu().clone() for k, v in tensors.items()}
+        state = model.get_submodule(name).state_dict(keep_vars=True)
+        places |= {f"{name}.{k}": v for k, v in state.items()}
+    return places
+
+
+def _to_file(model, layers):
+    """Return ``_places`` with what PEFT stores in another way."""
+    tensors = _places(model, layers)
+    for name, layer in layers.items():
+        if isinstance(layer, PiSSALinear):
+            A, B = _as_lora(layer)
+            tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    for name, kept in _kept_triplets(layers).items():
+        layer = layers[name]
+        tensors |= {
+            f"{name}.lora_A": layer.lora_A[kept],
+            f"{name}.lora_B": layer.lora_B[:, kept],
+            f"{name}.lora_E": layer.lora_E[kept],
+        }
+    return tensors
+
+
+def _as_lora(layer):
+    """Return A and B of what PiSSA learned relative to the original W0."""
+    A, B = layer.converted()  # 2r rows, more than a small matrix has
+    d_out, d_in = len(B), A.shape[1]
+    if len(A) <= min(d_in, d_out):
+        return A, B
+    if d_in <= d_out:
+        return torch.eye(d_in).to(A), B @ A
+    return B @ A, torch.eye(d_out).to(A)
+
+
+def _kept_triplets(layers):
+    """Return {name: mask (r,) of E != 0}, {} before anything was trained."""
+    masks = {
+        name: layer.lora_E[:, 0] != 0
+        for name, layer in layers.items()
+        if isinstance(layer, AdaLoRALinear)
+    }
+    return masks if any(mask.any() for mask in masks.values()) else {}
 
 
 def _peft_config(model, layers):
-    """Return the keys of PEFT's LoraConfig that describe this adapter."""
+    """Return the keys of PEFT's config that describe this adapter."""
     config = model.lora_config
     targets = config.target_modules
     if targets == "all-linear":
@@ -144,30 +206,53 @@ def _peft_config(model, layers):
     elif kind.endswith("ForSequenceClassification"):
         task = "SEQ_CLS"
     return {
-        "peft_type": "LORA",
+        **_method(config, layers),
         "task_type": task,
         "base_model_name_or_path": _base_name(model),
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
         "target_modules": targets
         if isinstance(targets, str)
         else list(targets),
         "modules_to_save": list(model.lora_originals) or None,
-        "rank_pattern": {n: m.r for n, m in layers.items() if m.r != config.r},
-        "alpha_pattern": {
-            n: m.lora_alpha
-            for n, m in layers.items()
-            if m.lora_alpha != config.lora_alpha
-        },
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
         "bias": "none",
         "fan_in_fan_out": any(
-            isinstance(m, LoRAConv1D) for m in layers.values()
+            m.transposed and not isinstance(m, LoRAEmbedding)
+            for m in layers.values()
         ),
-        "init_lora_weights": True,
         "inference_mode": True,
+    }
+
+
+def _method(config, layers):
+    """Return the part of PEFT's config that differs from method to method."""
+    if isinstance(config, VeRAConfig):
+        return {"peft_type": "VERA", **asdict(config)}
+    if isinstance(config, AdaLoRAConfig):
+        kept = _kept_triplets(layers)
+        pattern = {f"{n}.lora_E": mask.tolist() for n, mask in kept.items()}
+        return {
+            "peft_type": "ADALORA",
+            **asdict(config),
+            "rank_pattern": pattern or None,
+        }
+    r, alpha = config.r, config.lora_alpha
+    ranks = {n: m.r for n, m in layers.items()}
+    alphas = {n: m.lora_alpha for n, m in layers.items()}
+    if config.init_lora_weights == "pissa":
+        ranks = {n: len(_as_lora(m)[0]) for n, m in layers.items()}
+        for name, m in layers.items():  # the scaling stays what it is
+            grown = ranks[name] / m.r
+            alphas[name] *= math.sqrt(grown) if config.use_rslora else grown
+        r, alpha = max(ranks.values()), max(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": config.lora_dropout,
+        "rank_pattern": {n: v for n, v in ranks.items() if v != r},
+        "alpha_pattern": {n: v for n, v in alphas.items() if v != alpha},
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": True,
     }
 
 
@@ -189,7 +274,9 @@ def _base_name(model):
 def _base_sample(layer):
     """Return a few entries of W0, spread over the matrix."""
     weight = layer.base_layer.weight
-    if layer.merged:
+    if isinstance(layer, PiSSALinear):
+        (weight,) = layer.original
+    elif layer.merged:
         weight = weight - layer.get_delta_weight()
     flat = weight.reshape(-1)
     step = max(1, flat.numel() // SAMPLE)
@@ -235,7 +322,9 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise AdapterError(
             f"{path} is damaged or cut short ({error}); copy it again"
         ) from error
-    wrong = [k for k in tensors if not k.startswith(PREFIX)]
+    wrong = [
+        k for k in tensors if not k.startswith(PREFIX) and k not in PROJECTIONS
+    ]
     if wrong:
         raise AdapterError(
             f"{path}: keys must start with {PREFIX!r}, found {wrong[0]!r}"
@@ -247,6 +336,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         config,
         settings.get("base_model_name_or_path"),
         {k.removeprefix(PREFIX): v for k, v in tensors.items()},
+        _rank_pattern(folder, settings),
         json.loads(sample) if sample else None,
     )
 
@@ -267,11 +357,15 @@ def _read_config(folder):
 
 
 def _to_config(folder, settings):
-    """Return the LoRAConfig; refuse what it cannot express."""
-    rest = {k: v for k, v in settings.items() if k not in HARMLESS}
-    kind = rest.pop("peft_type", None)
-    if kind != "LORA":
-        raise AdapterError(f"{folder}: peft_type is {kind!r}, not 'LORA'")
+    """Return our config; refuse what it cannot express."""
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise AdapterError(
+            f"{folder}: peft_type is {kind!r}, not one of {', '.join(TYPES)}"
+        )
+    cls, required, harmless = TYPES[kind]
+    skip = HARMLESS | {"peft_type", *harmless}
+    rest = {k: v for k, v in settings.items() if k not in skip}
     if rest.pop("bias", "none") != "none":
         raise AdapterError(
             f"{folder}: bias={settings['bias']!r} is not known here"
@@ -282,11 +376,10 @@ def _to_config(folder, settings):
             f"{folder}: init_lora_weights={init!r} changes the base model; "
             "save it with path_initial_model_for_weight_conversion in PEFT"
         )
-    required = ("r", "lora_alpha", "target_modules")
     missing = [k for k in required if rest.get(k) is None]
     if missing:
         raise AdapterError(f"{folder / CONFIG} lacks {', '.join(missing)}")
-    fields = LoRAConfig.__dataclass_fields__
+    fields = cls.__dataclass_fields__
     known = {k: v for k, v in rest.items() if k in fields and v is not None}
     unknown = {k: v for k, v in rest.items() if k not in fields and v}
     if unknown:
@@ -295,9 +388,28 @@ def _to_config(folder, settings):
             + ", ".join(f"{k}={v!r}" for k, v in sorted(unknown.items()))
         )
     try:
-        return LoRAConfig(**known)
+        return cls(**known)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG}: {error}") from error
+
+
+def _rank_pattern(folder, settings):
+    """Return AdaLoRA's {layer name: which of init_r triplets are stored}."""
+    if settings["peft_type"] != "ADALORA":
+        return {}
+    pattern, r = settings.get("rank_pattern") or {}, settings["init_r"]
+    if not isinstance(pattern, dict):
+        raise AdapterError(
+            f"{folder / CONFIG}: rank_pattern must map layers to booleans"
+        )
+    for key, mask in pattern.items():
+        whole = isinstance(mask, list) and len(mask) == r
+        if not whole or not all(isinstance(kept, bool) for kept in mask):
+            raise AdapterError(
+                f"{folder / CONFIG}: rank_pattern[{key!r}] must be a list of "
+                f"init_r={r} booleans"
+            )
+    return {key.rpartition(".")[0]: mask for key, mask in pattern.items()}
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -335,19 +447,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 def _fill(model, adapter):
     """Check keys, shapes and base, then copy; AdapterError before that."""
     layers = lora_layers(model)
-    places = {}
-    for name, layer in layers.items():
-        key_A, key_B = _keys(name, layer)
-        places |= {key_A: layer.lora_A, key_B: layer.lora_B}
-    for name in model.lora_originals:
-        state = model.get_submodule(name).state_dict(keep_vars=True)
-        places |= {f"{name}.{k}": v for k, v in state.items()}
+    places = _places(model, layers)
     tensors = dict(adapter.tensors)
     # PEFT adds the base weight itself when a tied embedding is adapted.
     for name, layer in layers.items():
         _check_base_copy(name, layer, tensors, adapter.folder)
     _refuse("missing from the file", set(places) - set(tensors), adapter)
     _refuse("unused by this model", set(tensors) - set(places), adapter)
+    _pad_triplets(tensors, adapter.kept)
     for key, place in places.items():
         if tensors[key].shape != place.shape:
             raise AdapterError(
@@ -358,6 +465,22 @@ def _fill(model, adapter):
     _check_base(model, layers, adapter)
     for key, place in places.items():
         place.copy_(tensors[key])
+
+
+def _pad_triplets(tensors, kept):
+    """Put zeros where AdaLoRA pruned: E, A and B of 0 have no gradient."""
+    for name, mask in kept.items():
+        mask = torch.tensor(mask)
+        for ending, axis in (("lora_A", 0), ("lora_B", 1), ("lora_E", 0)):
+            key = f"{name}.{ending}"
+            part = tensors.get(key)
+            if part is None or part.ndim != 2 or part.shape[axis] != mask.sum():
+                continue  # the checks of keys and shapes will say so
+            shape = list(part.shape)
+            shape[axis] = len(mask)
+            whole = part.new_zeros(shape)
+            whole[(slice(None),) * axis + (mask,)] = part
+            tensors[key] = whole
 
 
 def _refuse(what, keys, adapter):

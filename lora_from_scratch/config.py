@@ -32,6 +32,35 @@ def check_dropout(lora_dropout: float) -> None:
         )
 
 
+def check_targets(config) -> None:
+    """Check ``target_modules`` and ``modules_to_save`` of a frozen config.
+
+    Lists become tuples: a frozen dataclass must not share a caller's list.
+
+    Raises:
+        ValueError: an empty or wrongly typed field, naming it.
+    """
+    if isinstance(config.modules_to_save, str):
+        raise ValueError(
+            "modules_to_save must be a list of name endings, "
+            f"got the string {config.modules_to_save!r}"
+        )
+    if not isinstance(config.target_modules, str):
+        targets = tuple(config.target_modules)
+        if not targets or not all(isinstance(t, str) and t for t in targets):
+            raise ValueError(
+                "target_modules must name at least one module, "
+                f"got {config.target_modules!r}"
+            )
+        object.__setattr__(config, "target_modules", targets)
+    elif not config.target_modules:
+        raise ValueError("target_modules must not be empty, got ''")
+    if config.modules_to_save is not None:
+        object.__setattr__(
+            config, "modules_to_save", tuple(config.modules_to_save)
+        )
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """What to adapt, and how.
@@ -46,10 +75,14 @@ class LoRAConfig:
             every linear layer but the output head.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (Kalajdzievski
             2023, arXiv:2312.03732).
-        use_dora: refused by this version; the field is read from adapters.
+        use_dora: train a magnitude per output beside A and B (DoRA, Liu et
+            al. 2024, arXiv:2402.09353); linear layers only.
         modules_to_save: name endings of modules trained whole, as copies.
         rank_pattern: ``{name ending: r}`` for modules that differ from ``r``.
         alpha_pattern: the same for ``lora_alpha``.
+        init_lora_weights: True for random A and B = 0, or ``"pissa"`` for the
+            largest singular directions of the weight (PiSSA, Meng et al.
+            2024, arXiv:2404.02948); linear layers only.
 
     Raises:
         ValueError: for a value outside these ranges, naming it.
@@ -64,6 +97,7 @@ class LoRAConfig:
     modules_to_save: Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    init_lora_weights: bool | str = True
 
     def __post_init__(self):
         check_rank(self.r)
@@ -73,32 +107,17 @@ class LoRAConfig:
             check_rank(r, f"rank_pattern[{name!r}]")
         for name, alpha in self.alpha_pattern.items():
             check_alpha(alpha, f"alpha_pattern[{name!r}]")
-        if self.use_dora:
+        if self.init_lora_weights not in (True, "pissa"):
             raise ValueError(
-                "use_dora=True: this version trains no DoRA magnitudes; "
-                "use use_dora=False"
+                "init_lora_weights must be True or 'pissa', got "
+                f"{self.init_lora_weights!r}"
             )
-        if isinstance(self.modules_to_save, str):
+        if self.use_dora and self.init_lora_weights == "pissa":
             raise ValueError(
-                "modules_to_save must be a list of name endings, "
-                f"got the string {self.modules_to_save!r}"
+                "use_dora=True does not combine with init_lora_weights="
+                "'pissa': the one splits W0 into lengths and directions, the "
+                "other replaces it by a residual; choose one"
             )
-        if not isinstance(self.target_modules, str):
-            targets = tuple(self.target_modules)
-            if not targets or not all(
-                isinstance(t, str) and t for t in targets
-            ):
-                raise ValueError(
-                    "target_modules must name at least one module, "
-                    f"got {self.target_modules!r}"
-                )
-            object.__setattr__(self, "target_modules", targets)
-        elif not self.target_modules:
-            raise ValueError("target_modules must not be empty, got ''")
-        # A frozen dataclass must not share a caller's list or dict.
-        if self.modules_to_save is not None:
-            object.__setattr__(
-                self, "modules_to_save", tuple(self.modules_to_save)
-            )
+        check_targets(self)
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))

@@ -1,8 +1,9 @@
 """Put LoRA layers into a model, take them out again, count what trains.
 
+``add_lora`` is the one place that knows which config asks for which layer.
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.2; matching of
 ``target_modules`` as in PEFT (``check_target_module_exists``).
-Taught in: notebooks/04_lora_model.ipynb
+Taught in: notebooks/04_lora_model.ipynb, notebooks/08_variants.ipynb
 """
 
 import copy
@@ -19,7 +20,26 @@ from lora_from_scratch.linear import (
     LoRALayer,
     LoRALinear,
 )
+from lora_from_scratch.variants.adalora import (
+    AdaLoRAConfig,
+    AdaLoRAConv1D,
+    AdaLoRALinear,
+)
+from lora_from_scratch.variants.dora import DoRAConv1D, DoRALinear
+from lora_from_scratch.variants.dylora import (
+    DyLoRAConfig,
+    DyLoRAConv1D,
+    DyLoRALinear,
+)
+from lora_from_scratch.variants.pissa import PiSSAConv1D, PiSSALinear
+from lora_from_scratch.variants.vera import (
+    VeRAConfig,
+    VeRAConv1D,
+    VeRALinear,
+    vera_projections,
+)
 
+Config = LoRAConfig | VeRAConfig | AdaLoRAConfig  # DyLoRAConfig is the first
 LAYERS = (LoRALinear, LoRAConv1D, LoRAEmbedding)
 
 
@@ -37,7 +57,7 @@ def ends_with(name: str, endings: Sequence[str]) -> bool:
     return any(name == e or name.endswith(f".{e}") for e in endings)
 
 
-def match_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+def match_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     """Return {name: module} for what ``config.target_modules`` selects.
 
     Raises:
@@ -76,7 +96,7 @@ def match_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             ) from error
         found = {n: m for n, m in modules.items() if pattern.fullmatch(n)}
         if not found:
-            raise _no_match(targets, modules)
+            raise _no_match(targets, modules, is_pattern=True)
     else:
         for target in targets:
             if not any(ends_with(n, [target]) for n in modules):
@@ -87,6 +107,7 @@ def match_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             raise ValueError(
                 f"target {name!r} is a {type(module).__name__}; LoRA here "
                 "wraps nn.Linear, transformers' Conv1D and nn.Embedding"
+                + (_pattern_hint(targets, modules) or "")
             )
     return found
 
@@ -100,7 +121,16 @@ def _output_head(model):
     return head
 
 
-def _no_match(target, modules):
+def _pattern_hint(targets, modules):
+    if not isinstance(targets, str):
+        return None
+    hint = "; a string is a regular expression that matches whole names"
+    if any(ends_with(n, [targets]) for n in modules):
+        hint += f": for name endings write [{targets!r}]"
+    return hint
+
+
+def _no_match(target, modules, is_pattern=False):
     names = {
         ".".join(parts[-k:])
         for parts in (n.split(".") for n in modules)
@@ -112,9 +142,11 @@ def _no_match(target, modules):
         for n, m in modules.items()
         if any(layer._accepts(m) for layer in LAYERS)
     }
-    hint = f"near names: {', '.join(near)}; " if near else ""
+    hint = f"; near names: {', '.join(near)}" if near else ""
+    if is_pattern:
+        hint = _pattern_hint(target, modules)
     return ValueError(
-        f"target_modules: {target!r} matches no module; {hint}"
+        f"target_modules: {target!r} matches no module{hint}; "
         f"layers of this model: {', '.join(sorted(leaves))}"
     )
 
@@ -132,9 +164,12 @@ def _replace(model, name, module):
     setattr(model.get_submodule(parent), child, module)
 
 
-def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def add_lora(model: nn.Module, config: Config) -> nn.Module:
     """Freeze ``model`` and wrap its target modules with LoRA, in place.
 
+    The config says with which LoRA: a ``LoRAConfig`` with the plain one, with
+    DoRA (``use_dora``) or PiSSA (``init_lora_weights="pissa"``), a
+    ``VeRAConfig``, ``AdaLoRAConfig`` or ``DyLoRAConfig`` with that variant.
     Everything is checked first: after an error the model is as it was.
 
     Returns:
@@ -142,7 +177,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     Raises:
         ValueError: an unknown target (the message lists near names), a
-            target that is no supported layer, a rank larger than a matrix.
+            target that is no supported layer, a rank larger than a matrix,
+            a variant that does not fit a target.
         RuntimeError: the model has an adapter already, LoRA's or PEFT's.
     """
     _check_plain(model)
@@ -151,22 +187,16 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     trainable = {p: p.requires_grad for p in model.parameters()}
     wrapped = {}
     try:
+        wrap = _wrapper(config, targets.values())
         for name, module in targets.items():
-            layer = next(c for c in LAYERS if c._accepts(module))
             try:
-                wrapped[name] = layer(
-                    module,
-                    _from_pattern(config.rank_pattern, name, config.r),
-                    _from_pattern(
-                        config.alpha_pattern, name, config.lora_alpha
-                    ),
-                    config.lora_dropout,
-                    config.use_rslora,
-                )
+                wrapped[name] = wrap(name, module)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         copies = {n: copy.deepcopy(m) for n, m in to_save.items()}
     except BaseException:
+        for layer in wrapped.values():
+            layer.unwrap()
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
         raise
@@ -178,6 +208,42 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     model.lora_config = config
     model.lora_originals = to_save  # {name: frozen module}, a plain dict
     return model
+
+
+def _wrapper(config, modules):
+    """Return the function (name, module) -> layer that ``config`` asks for."""
+
+    def first(*layers):  # the first error says why none fits
+        return lambda m: next((c for c in layers if c._accepts(m)), layers[0])
+
+    if isinstance(config, VeRAConfig):
+        cls = first(VeRALinear, VeRAConv1D)
+        linear = [m for m in modules if cls(m)._accepts(m)]
+        shared = linear and vera_projections(
+            linear, config.r, config.projection_prng_key
+        )
+        settings = config.d_initial, config.vera_dropout
+        return lambda name, m: cls(m)(m, shared, *settings)
+    if isinstance(config, AdaLoRAConfig):
+        cls = first(AdaLoRALinear, AdaLoRAConv1D)
+        settings = config.init_r, config.lora_alpha, config.lora_dropout
+        return lambda name, m: cls(m)(m, *settings)
+    extra = config.use_rslora
+    if isinstance(config, DyLoRAConfig):
+        cls, extra = first(DyLoRALinear, DyLoRAConv1D), config.frozen
+    elif config.use_dora:
+        cls = first(DoRALinear, DoRAConv1D)
+    elif config.init_lora_weights == "pissa":
+        cls = first(PiSSALinear, PiSSAConv1D)
+    else:
+        cls = first(*LAYERS)
+
+    def wrap(name, m):
+        r = _from_pattern(config.rank_pattern, name, config.r)
+        alpha = _from_pattern(config.alpha_pattern, name, config.lora_alpha)
+        return cls(m)(m, r, alpha, config.lora_dropout, extra)
+
+    return wrap
 
 
 def _check_plain(model):
@@ -255,7 +321,7 @@ def remove_lora(model: nn.Module) -> None:
     for name, layer in _require_lora(model).items():
         if layer.merged:
             layer.unmerge()
-        _replace(model, name, layer.base_layer.train(layer.training))
+        _replace(model, name, layer.unwrap().train(layer.training))
     for name, module in model.lora_originals.items():
         _replace(model, name, module)
     del model.lora_config, model.lora_originals
@@ -280,10 +346,14 @@ def _require_merged(layers, merged):
 
 
 def lora_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Yield what the adapter trains: each A and B, then modules_to_save."""
+    """Yield what the adapter trains, layer by layer, then modules_to_save.
+
+    A and B of each layer, or what the variant trains instead or besides.
+    """
     for layer in lora_layers(model).values():
-        yield layer.lora_A
-        yield layer.lora_B
+        for tensor in layer.adapter_tensors().values():
+            if tensor.requires_grad:
+                yield tensor
     for name in getattr(model, "lora_originals", {}):
         yield from model.get_submodule(name).parameters()
 

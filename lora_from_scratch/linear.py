@@ -60,6 +60,15 @@ class _LoRAProduct(torch.autograd.Function):
         return dx, du, None, None, dA, dB, None
 
 
+def _embedding_hint(base_layer):
+    if not isinstance(base_layer, nn.Embedding):
+        return ""
+    return (
+        ": it adapts products with W0, and an embedding looks rows up; leave "
+        "it out of target_modules, or adapt it with plain LoRA"
+    )
+
+
 class LoRALayer(nn.Module):
     """What the three layers share: two factors, a scale, a merge.
 
@@ -84,6 +93,7 @@ class LoRALayer(nn.Module):
         if not self._accepts(base_layer):
             raise ValueError(
                 f"{kind} cannot wrap a {type(base_layer).__name__}"
+                + _embedding_hint(base_layer)
             )
         if not weight.is_floating_point():
             raise ValueError(
@@ -128,6 +138,10 @@ class LoRALayer(nn.Module):
         """The base layer's bias, or None."""
         return getattr(self.base_layer, "bias", None)
 
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return {ending of PEFT's key: tensor} of what a file must hold."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
     def get_delta_weight(self) -> Tensor:
         """Return dW = scaling B A in the layout of ``base_layer.weight``.
 
@@ -152,6 +166,15 @@ class LoRALayer(nn.Module):
             raise RuntimeError("not merged; nothing to undo")
         self.base_layer.weight -= self.get_delta_weight()
         self.merged = False
+
+    def unwrap(self) -> nn.Module:
+        """Return the base layer as it was before it was wrapped.
+
+        RuntimeError if merged: then it is not as it was.
+        """
+        if self.merged:
+            raise RuntimeError("merged; call unmerge() first")
+        return self.base_layer
 
     def extra_repr(self) -> str:
         """Show rank and scale when the model is printed."""
@@ -185,8 +208,7 @@ class LoRALinear(LoRALayer):
         """Map ``x`` (..., d_in) to (..., d_out)."""
         if self.merged:
             return self.base_layer(x)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        if weight.requires_grad:
+        if self.weight.requires_grad:
             raise RuntimeError(
                 "the base layer is trainable, but LoRA computes no gradient "
                 "for it; freeze it with base_layer.requires_grad_(False)"
@@ -197,16 +219,19 @@ class LoRALinear(LoRALayer):
         dropped = None
         if self.lora_dropout and self.training:
             dropped = F.dropout(rows, self.lora_dropout)
-        h = _LoRAProduct.apply(
+        h = self._product(rows, dropped)  # (n, d_out)
+        return h.view(*x.shape[:-1], h.shape[-1])  # (..., d_out)
+
+    def _product(self, rows, dropped):
+        return _LoRAProduct.apply(
             rows,
             dropped,
-            weight.T if self.transposed else weight,
-            bias,
+            self.weight.T if self.transposed else self.weight,
+            self.bias,
             self.lora_A,
             self.lora_B,
             self.scaling,
         )
-        return h.view(*x.shape[:-1], h.shape[-1])  # (..., d_out)
 
 
 class LoRAConv1D(LoRALinear):
@@ -265,6 +290,13 @@ class LoRAEmbedding(LoRALayer):
         """Set A = 0, draw B from N(0, 1)."""
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return {ending of PEFT's key: tensor} of what a file must hold."""
+        return {
+            "lora_embedding_A": self.lora_A,
+            "lora_embedding_B": self.lora_B,
+        }
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map token ids (...) to vectors (..., width)."""

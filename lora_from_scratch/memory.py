@@ -4,19 +4,34 @@ Nothing is loaded: a 70B model costs as little to count as a small one.
 
     LoRA parameters = r * sum of (d_in + d_out) over the adapted matrices
     training state  = (weights + gradients + master copy + Adam's two moments)
+    activations     = b t (n_layers * what a block keeps + what the head keeps)
 
-Units are bytes; GB is 10^9 and GiB is 2^30 bytes. The CUDA context, kernel
-workspaces and fragmentation come on top: on a GPU, a GB or two.
+``training_ledger`` puts every item of one setting together. Each counts
+tensors, and the tests hold each against the tensors of real models. Gradients
+come as activations go, so the items are never all there at once: without
+checkpointing a step peaks at all items but the gradients, or at its end at
+all but activations and logits.
+
+Left out are what a block's backward needs for a moment, a quantized matrix
+unpacked for one product, the copies an optimizer makes in its step, dropout's
+masks, and all that is no tensor: the CUDA context, kernel workspaces, what
+the allocator holds in reserve. On a GPU these take a GB or two. On a CPU the
+process of a small model took 350 MB for Python and its libraries before it had
+a model, and 180 MB more than the items' peak in its first steps.
+
+Units are bytes; GB is 10^9 and GiB is 2^30 bytes.
 
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.2; Rajbhandari et al. 2020,
 arXiv:1910.02054, section 3 (16 bytes per parameter); Dettmers et al. 2023,
 arXiv:2305.14314, section 3 (bits of NF4).
-Taught in: notebooks/01_rank.ipynb, notebooks/04_lora_model.ipynb
+Taught in: notebooks/01_rank.ipynb, notebooks/04_lora_model.ipynb,
+notebooks/05_peft_gpt2.ipynb
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 def _at_least_one(name: str, value: int) -> None:
@@ -182,13 +197,13 @@ def from_config(config) -> Architecture:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bytes per trainable parameter during training with Adam.
+    """Bytes per trainable parameter during training.
 
     Args:
         weights: the weights that the forward pass uses.
         gradients: one gradient each.
         master: an extra float32 copy that the optimizer updates, or 0.
-        optimizer: Adam's two moments together.
+        optimizer: Adam's two moments together; 0 for plain SGD.
     """
 
     weights: float
@@ -204,10 +219,13 @@ class Recipe:
 
 RECIPES = {
     "fp32": Recipe(4, 4, 0, 8),  # 16 bytes
+    "fp32-adam8": Recipe(4, 4, 0, 2),  # 10: moments of 8 bits
+    "fp32-sgd": Recipe(4, 4, 0, 0),  # 8
     "mixed": Recipe(2, 2, 4, 8),  # 16: 16-bit with a float32 master copy
     "bf16": Recipe(2, 2, 0, 8),  # 12: bfloat16 weights, float32 moments
     "pure-bf16": Recipe(2, 2, 0, 4),  # 8: the moments in bfloat16, too
     "bf16-adam8": Recipe(2, 2, 0, 2),  # 6: moments of 8 bits
+    "bf16-sgd": Recipe(2, 2, 0, 0),  # 4
 }
 
 
@@ -215,6 +233,7 @@ def n_lora_parameters(
     architecture: Architecture,
     r: int,
     target_modules: Sequence[str] | str = "all-linear",
+    use_dora: bool = False,
 ) -> int:
     """Return r * sum of (d_in + d_out) over the adapted matrices.
 
@@ -224,29 +243,17 @@ def n_lora_parameters(
         target_modules: endings of layer names such as ``["q_proj",
             "v_proj"]``, or ``"all-linear"`` for every linear layer of the
             blocks.
+        use_dora: count DoRA's magnitudes, too: d_out per matrix.
 
     Raises:
         ValueError: if ``r`` is below 1 or an ending matches no layer.
     """
     _at_least_one("r", r)
-    linears = architecture.linears
-    if target_modules != "all-linear":
-        if isinstance(target_modules, str):
-            raise ValueError(
-                "target_modules must be 'all-linear' or a list of endings, "
-                f"got {target_modules!r}"
-            )
-        for ending in target_modules:
-            if not any(_ends(x.name, ending) for x in linears):
-                names = ", ".join(x.name for x in linears)
-                raise ValueError(
-                    f"{ending!r} matches no layer of {architecture.name}; "
-                    f"its layers are {names}"
-                )
-        linears = [
-            x for x in linears if any(_ends(x.name, e) for e in target_modules)
-        ]
-    return architecture.n_layers * r * sum(x.d_in + x.d_out for x in linears)
+    per_block = sum(
+        r * (x.d_in + x.d_out) + use_dora * x.d_out
+        for x in _adapted(architecture, target_modules)
+    )
+    return architecture.n_layers * per_block
 
 
 def nf4_bits(double_quant: bool = True, block_size: int = 64) -> float:
@@ -292,6 +299,29 @@ def weight_bytes(
     return (n * bits_per_parameter + rest * rest_bits) / 8
 
 
+def state_bytes(n: int, recipe: str) -> dict[str, float]:
+    """Return {item: bytes} of training ``n`` numbers, by whatever method.
+
+    Args:
+        n: trainable parameters, for instance GPT-2's biases (BitFit).
+        recipe: a key of ``RECIPES``.
+
+    Raises:
+        ValueError: for an unknown recipe.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(
+            f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}"
+        )
+    per = RECIPES[recipe]
+    return {
+        "weights": n * per.weights,
+        "gradients": n * per.gradients,
+        "master copy": n * per.master,
+        "optimizer": n * per.optimizer,
+    }
+
+
 def training_bytes(
     architecture: Architecture, recipe: str = "mixed"
 ) -> dict[str, float]:
@@ -304,7 +334,7 @@ def training_bytes(
     Raises:
         ValueError: for an unknown recipe.
     """
-    return _state(architecture.n_parameters, recipe)
+    return state_bytes(architecture.n_parameters, recipe)
 
 
 def lora_training_bytes(
@@ -333,7 +363,7 @@ def lora_training_bytes(
             an unknown recipe.
     """
     n = n_lora_parameters(architecture, r, target_modules)
-    adapter = _state(n, recipe)
+    adapter = state_bytes(n, recipe)
     base = weight_bytes(architecture, bits_per_parameter)
     return {"base weights": base, "adapter": adapter.pop("weights"), **adapter}
 
@@ -344,16 +374,22 @@ def activation_bytes(
     tokens: int,
     bytes_per_number: int = 2,
     checkpointing: bool = False,
+    r: int | None = None,
+    target_modules: Sequence[str] | str = "all-linear",
+    use_dora: bool = False,
+    upcast: bool = False,
 ) -> int:
     """Return the bytes that the forward pass keeps for the backward pass.
 
-    Counted from what transformers' GPT-2 and Llama classes hand to autograd
-    when every parameter is trained, with ``scaled_dot_product_attention``
-    (no tokens x tokens matrix is kept), no dropout, and the loss computed
-    from whole float32 logits. Checked against autograd in the tests. LoRA
-    keeps somewhat less, because a frozen norm does not need its input
-    normalised; memory in use for a moment only, such as the gradient of the
-    logits, is not counted.
+    Counted from what transformers' GPT-2 and Llama classes hand to autograd,
+    with ``scaled_dot_product_attention`` (no tokens x tokens matrix is kept),
+    no dropout, no padding (a mask makes grouped-query attention repeat its
+    keys and values), and the loss computed from whole float32 logits.
+
+    LoRA keeps less than full fine-tuning. A frozen layer needs its input only
+    if it has an adapter (which also keeps z = A x), a frozen RMSNorm does not
+    need its input normalised, and before the first adapter nothing is kept.
+    Attention and the MLP's nonlinearity keep what they always do.
 
     Args:
         architecture: the model.
@@ -362,40 +398,159 @@ def activation_bytes(
         bytes_per_number: 4 for float32, 2 for 16-bit activations.
         checkpointing: keep only each block's input and compute the rest of
             one block at a time again (gradient checkpointing).
+        r: rank of the adapters; None if every weight is trained; 0 if the
+            gradient only passes through, all the way to the first block, and
+            no matrix is adapted (BitFit, prompt tuning).
+        target_modules: as in ``n_lora_parameters``.
+        use_dora: DoRA's layer, as in this package, which also keeps its
+            output before scaling; PEFT's keeps one such tensor more.
+        upcast: PEFT's LoRA layer over a 16-bit base outside autocast, which
+            keeps a float32 copy of the input for every adapted matrix. In
+            float32 PEFT keeps what this package keeps.
 
     Raises:
-        ValueError: if ``batch`` or ``tokens`` is below 1, or
-            ``bytes_per_number`` is neither 2 nor 4.
+        ValueError: if ``batch`` or ``tokens`` is below 1, there are more
+            tokens than learned positions, ``bytes_per_number`` is neither 2
+            nor 4, or ``upcast`` is combined with ``use_dora``; otherwise as
+            in ``n_lora_parameters``.
+    """
+    a, size = architecture, bytes_per_number
+    _at_least_one("batch", batch)
+    _at_least_one("tokens", tokens)
+    if a.n_positions and tokens > a.n_positions:
+        raise ValueError(
+            f"{a.name} has {a.n_positions} positions, got tokens={tokens}"
+        )
+    if size not in (2, 4):
+        raise ValueError(f"bytes_per_number is 2 or 4, got {size}")
+    if upcast and use_dora:
+        raise ValueError("upcast=True counts PEFT's LoRA, not its DoRA")
+    if r:
+        _at_least_one("r", r)
+    full = r is None
+    adapters = {}  # bytes per token that each keeps beside a shared input
+    for x in _adapted(a, target_modules) if r else ():
+        adapters[x] = size * (r + use_dora * x.d_out)
+        if upcast and size == 2:
+            adapters[x] = 4 * (r + x.d_in)
+
+    def norm(reached):
+        if a.kind == "gpt2":  # input, mean, deviation
+            return reached * size * (a.d_model + 2)
+        # RMSNorm computes in float32 and keeps its input so; to train its
+        # weight it also keeps the normalised one
+        return reached * (4 * a.d_model + 4 + full * size * a.d_model)
+
+    def inputs(layers, here=False):  # one tensor, ``here`` if kept already
+        own = [adapters[x] for x in layers if x in adapters]
+        shared = full or (own and not (upcast and size == 2))
+        return bool(shared and not here) * size * layers[0].d_in + sum(own)
+
+    def block(reached):  # ``reached``: its input needs a gradient
+        q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+        cuts = (0, 1, 2, 3, 4) if a.kind == "gpt2" else (0, 3, 4, 6, 7)
+        enter, leave, rise, fall = (a.linears[i:j] for i, j in pairwise(cuts))
+        kept = norm(reached) + inputs(enter)
+        reached = reached or any(x in adapters for x in enter)
+        if reached:
+            # q, k, v, the output, and its log-sum-exp in float32
+            kept += size * (2 * q + 2 * kv) + 4 * a.n_heads
+            if a.kind == "gpt2" and not checkpointing:
+                kept += size * 2 * kv  # copies in the cache (use_cache=True)
+        kept += inputs(leave, here=reached)
+        reached = reached or any(x in adapters for x in leave)
+        kept += norm(reached) + inputs(rise)
+        reached = reached or any(x in adapters for x in rise)
+        # tanh form of GELU: four; gate, SiLU(gate) and up: three
+        kept += reached * size * a.d_ff * (4 if a.kind == "gpt2" else 3)
+        return kept + inputs(fall)
+
+    first = block(full or r == 0)
+    kept = first + (a.n_layers - 1) * block(True)
+    if checkpointing:
+        again = first if a.n_layers == 1 else block(True)
+        kept = a.n_layers * size * a.d_model + again
+    kept += norm(True) + full * size * a.d_model  # and the head's input
+    return batch * tokens * (kept + 4 * a.vocab)  # log-probabilities
+
+
+def logits_bytes(architecture: Architecture, batch: int, tokens: int) -> int:
+    """Return what the loss needs for a moment, beside what it keeps.
+
+    When backward begins, two float32 gradients of the shape of the logits
+    are alive; the forward pass needs no more than that. Bounds the peak that
+    ``activation_bytes`` leaves out as long as the vocabulary is large
+    compared with the model's width.
+
+    Raises:
+        ValueError: if ``batch`` or ``tokens`` is below 1.
     """
     _at_least_one("batch", batch)
     _at_least_one("tokens", tokens)
-    if bytes_per_number not in (2, 4):
-        raise ValueError(f"bytes_per_number is 2 or 4, got {bytes_per_number}")
-    a, size = architecture, bytes_per_number
-    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
-    small = 4 * a.n_heads  # log-sum-exp of attention, float32
-    if a.kind == "gpt2":
-        # inputs of two norms, c_attn and c_fc; q, k, v in one piece; k and v
-        # again, copied into the cache (transformers' use_cache=True); input
-        # of c_proj
-        block = size * (4 * a.d_model + (q + 2 * kv) + 2 * kv + q)
-        block += size * 5 * a.d_ff  # four inside the tanh form of GELU
-        block += small + size * 4  # mean and deviation of two norms
-        last = size * (2 * a.d_model + 2)
+    return batch * tokens * 2 * 4 * architecture.vocab
+
+
+def training_ledger(
+    architecture: Architecture,
+    batch: int,
+    tokens: int,
+    r: int | None = None,
+    target_modules: Sequence[str] | str = "all-linear",
+    recipe: str = "fp32",
+    bits_per_parameter: float = 32,
+    checkpointing: bool = False,
+    use_dora: bool = False,
+    upcast: bool = False,
+    safety_copy: bool = False,
+) -> dict[str, float]:
+    """Return {item: bytes} of one training step; the same items always.
+
+    Args:
+        architecture: the model.
+        batch: sequences b.
+        tokens: tokens t of each.
+        r: rank of LoRA; None for full fine-tuning.
+        target_modules: as in ``n_lora_parameters``.
+        recipe: of the trained numbers, a key of ``RECIPES``.
+        bits_per_parameter: of the frozen base model's linear layers, as in
+            ``weight_bytes``: 32, 16, ``nf4_bits()``. Activations have 32 bits
+            over a base of 32, else 16. Without effect if r is None.
+        checkpointing: as in ``activation_bytes``.
+        use_dora: DoRA instead of LoRA.
+        upcast: as in ``activation_bytes``.
+        safety_copy: count the copy of the trained numbers that this
+            package's ``train`` keeps for the case of a NaN.
+
+    Raises:
+        ValueError: as in the functions for the single items.
+    """
+    if r is None:
+        n, frozen = architecture.n_parameters, 0
     else:
-        # RMSNorm computes in float32 and keeps its input so, then the
-        # normalised one in 16 bits
-        norm = 4 * a.d_model + size * a.d_model + 4
-        block = 2 * norm + size * 2 * a.d_model  # inputs of q/k/v, gate/up
-        block += size * (2 * q + 2 * kv)  # q, k, v; input of o_proj
-        block += size * 4 * a.d_ff  # gate, its SiLU, up, product
-        block += small
-        last = norm + size * a.d_model
-    head = 4 * a.vocab  # log-probabilities
-    per_token = a.n_layers * block + last + head
-    if checkpointing:
-        per_token = a.n_layers * size * a.d_model + block + last + head
-    return batch * tokens * per_token
+        n = n_lora_parameters(architecture, r, target_modules, use_dora)
+        frozen = weight_bytes(architecture, bits_per_parameter)
+    state = state_bytes(n, recipe)
+    trained = state.pop("weights")
+    whole = trained == 4 * n if r is None else bits_per_parameter >= 32
+    activations = activation_bytes(
+        architecture,
+        batch,
+        tokens,
+        4 if whole else 2,
+        checkpointing,
+        r,
+        target_modules,
+        use_dora,
+        upcast,
+    )
+    return {
+        "frozen weights": frozen,
+        "trained weights": trained,
+        **state,
+        "safety copy": safety_copy * trained,
+        "activations": activations,
+        "logits": logits_bytes(architecture, batch, tokens),
+    }
 
 
 def kv_cache_bytes(
@@ -420,17 +575,26 @@ def kv_cache_bytes(
     return batch * tokens * per_token
 
 
-def _state(n: int, recipe: str) -> dict[str, float]:
-    """Return {item: bytes} of training ``n`` parameters."""
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}")
-    per = RECIPES[recipe]
-    return {
-        "weights": n * per.weights,
-        "gradients": n * per.gradients,
-        "master copy": n * per.master,
-        "optimizer": n * per.optimizer,
-    }
+def _adapted(
+    architecture: Architecture, target_modules: Sequence[str] | str
+) -> list[Linear]:
+    """Return the layers of a block that ``target_modules`` selects."""
+    linears = architecture.linears
+    if target_modules == "all-linear":
+        return list(linears)
+    if isinstance(target_modules, str):
+        raise ValueError(
+            "target_modules must be 'all-linear' or a list of endings, "
+            f"got {target_modules!r}"
+        )
+    for ending in target_modules:
+        if not any(_ends(x.name, ending) for x in linears):
+            names = ", ".join(x.name for x in linears)
+            raise ValueError(
+                f"{ending!r} matches no layer of {architecture.name}; "
+                f"its layers are {names}"
+            )
+    return [x for x in linears if any(_ends(x.name, e) for e in target_modules)]
 
 
 def _ends(name: str, ending: str) -> bool:

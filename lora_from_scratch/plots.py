@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from lora_from_scratch.ablations import interval
+
 # vermillion before yellow, which is hard to see on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BLACK = "#000000"
@@ -197,6 +199,87 @@ def plot_losses(
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats per token)")
     return _finish(ax, title)
+
+
+@plt.rc_context(STYLE)
+def plot_intervals(
+    lines: Mapping[str, Mapping[float, tuple[float, float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str = "loss (nats per token)",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw lines with a bar up and down at each point.
+
+    Args:
+        lines: {label: {x: (value, half the length of its bar)}}, x above zero
+            (the axis is logarithmic) and rising; a half of zero draws no bar.
+            ``lora_from_scratch.ablations.score`` returns such pairs.
+        title: the finding, with its numbers.
+        xlabel: what x is.
+        ylabel: what is drawn.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        ValueError: if there is nothing to draw, or a value or a half is
+            negative or not finite.
+    """
+    ax = _axes(ax)
+    values, halves = (
+        {
+            name: [pair[k] for pair in line.values()]
+            for name, line in lines.items()
+        }
+        for k in (0, 1)
+    )
+    series = zip(_series(values), _series(halves), strict=True)
+    for (label, value, style), (_, half, _) in series:
+        x = list(lines[label])
+        ax.plot(x, value, label=label, **style)
+        for at, centre, reach in zip(x, value, half, strict=True):
+            if reach:
+                ax.errorbar(at, centre, reach, color=style["color"], capsize=3)
+    ticks = sorted({x for line in lines.values() for x in line})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    return _finish(ax, title)
+
+
+@plt.rc_context(STYLE)
+def plot_groups(
+    groups: Mapping[str, Sequence[float]],
+    title: str,
+    xlabel: str = "loss (nats per token)",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw one row per group: a ring per seed, the mean, its 95 % interval.
+
+    Args:
+        groups: {label: one value per seed}, 2 to 10 values each; the first
+            group is on top.
+        title: the finding, with its numbers.
+        xlabel: what the values are.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        ValueError: if there is nothing to draw, a group has too few values,
+            or a number is not finite or negative.
+    """
+    ax = _axes(ax)
+    for row, (_, values, _) in enumerate(_series(groups)):
+        centre, half = interval(values.tolist())
+        ax.plot(values, [row] * len(values), "o", mfc="none", color=COLOURS[0])
+        ax.errorbar(
+            centre, row, xerr=half, fmt="D", ms=3, capsize=4, color=BLACK
+        )
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+    ax.set_xlabel(xlabel)
+    ax.set_title(textwrap.fill(title, 58))
+    return ax
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -7,7 +7,13 @@ import warnings
 import pytest
 import torch
 from helpers import fill, gpt2, llama, logits
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,12 +24,16 @@ from lora_from_scratch import (
     LoRAConfig,
     add_lora,
     load_adapter,
+    lora_parameters,
     merge_lora,
     remove_lora,
     save_adapter,
 )
 from lora_from_scratch import adapters as module
 from lora_from_scratch.inject import lora_layers
+from lora_from_scratch.variants.adalora import AdaLoRAConfig, AdaLoRALinear
+from lora_from_scratch.variants.dylora import DyLoRAConfig, cut_rank, set_rank
+from lora_from_scratch.variants.vera import VeRAConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS = [
@@ -249,13 +259,15 @@ def test_a_damaged_config_is_an_error(saved, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', not one of LORA, VERA"),
+        ({"peft_type": ["LORA"]}, "peft_type is"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa"}, "'pissa' changes the base model"),
         ({"r": None}, "lacks r"),
         ({"r": 0}, "r must be an int of at least 1, got 0"),
         ({"lora_alpha": -1}, "lora_alpha must be .* got -1"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "8 key.s. missing .*lora_magnitude_vector"),
+        ({"peft_type": "VERA"}, "not known here: .*lora_alpha=5"),
         ({"lora_bias": True}, "not known here: lora_bias=True"),
         ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\]"),
         ({"exclude_modules": ["c_fc"]}, "exclude_modules"),
@@ -327,3 +339,268 @@ def test_an_adapted_model_is_refused_and_unchanged(saved):
     with pytest.raises(AdapterError, match="LoRA layers already"):
         load_adapter(model, saved)
     assert torch.equal(logits(model), before)
+
+
+ADA = {"init_r": 4, "target_r": 2, "total_step": 9, "lora_alpha": 5}
+VARIANTS = {
+    "dora": LoRAConfig(r=3, lora_alpha=5, use_dora=True),
+    "dora with rslora": LoRAConfig(
+        r=3,
+        lora_alpha=5,
+        use_dora=True,
+        use_rslora=True,
+        rank_pattern={"c_fc": 2, "up_proj": 2},
+    ),
+    "pissa": LoRAConfig(r=3, lora_alpha=5, init_lora_weights="pissa"),
+    "pissa with rslora": LoRAConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=True,
+        init_lora_weights="pissa",
+        rank_pattern={"attn.c_proj": 13, "o_proj": 13, "v_proj": 8},
+        alpha_pattern={"c_fc": 9, "up_proj": 9},
+    ),
+    "vera": VeRAConfig(r=30),
+    "vera without projection": VeRAConfig(r=30, save_projection=False),
+    "adalora": AdaLoRAConfig(**ADA),
+    "dylora": DyLoRAConfig(r=3, lora_alpha=5),
+}
+
+
+def varied(model, config):
+    """Return the model with every adapter tensor moved at random."""
+    add_lora(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in lora_parameters(model):
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor += 0.2 * noise.to(tensor)
+        for i, layer in enumerate(lora_layers(model).values()):
+            if isinstance(layer, AdaLoRALinear):  # one layer loses them all
+                layer.lora_E[(1, 3) if i else (0, 1, 2, 3), :] = 0
+    return model
+
+
+def from_peft(make, folder):
+    """Return PEFT's model; a missing or unused key would be an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        warnings.filterwarnings("ignore", message="Specified to not")
+        warnings.filterwarnings("ignore", message=".*zero-element tensors")
+        warnings.filterwarnings("ignore", message=".*rank_pattern keys did not")
+        return PeftModel.from_pretrained(make(), folder)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_peft_loads_every_variant_and_we_do_too(kind, make, tmp_path):
+    model = varied(make(), VARIANTS[kind])
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(make()), rtol=1e-3)
+    save_adapter(model, tmp_path / "a")
+    theirs = from_peft(make, tmp_path / "a")
+    # PEFT always draws VeRA's matrices in float32, and computes in it
+    close = 1e-5 if kind.startswith("vera") else 1e-10
+    assert_close(
+        logits(theirs), expected, rtol=0, atol=close, check_dtype=False
+    )
+    again = load_adapter(make(), tmp_path / "a")
+    assert_close(logits(again), expected, rtol=0, atol=1e-10)
+    save_adapter(again, tmp_path / "b")
+    first, second = (load_file(tmp_path / n / WEIGHTS) for n in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert json.loads((tmp_path / "a" / CONFIG).read_text()) == json.loads(
+        (tmp_path / "b" / CONFIG).read_text()
+    )
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_merged_variant_saves_the_same_adapter(kind, tmp_path):
+    model = varied(llama(), VARIANTS[kind])
+    expected = logits(model)
+    merge_lora(model)
+    save_adapter(model, tmp_path)
+    assert_close(logits(load_adapter(llama(), tmp_path)), expected)
+
+
+def trained_by_peft(model):
+    """Return what PEFT trains and saves.
+
+    It also trains AdaLoRA's ``ranknum``, a divisor, and does not save it.
+    """
+    return [
+        p
+        for n, p in model.named_parameters()
+        if p.requires_grad and "ranknum" not in n
+    ]
+
+
+def random_peft(make, config):
+    """Return PEFT's model with every trainable tensor moved at random."""
+    theirs = get_peft_model(make(), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained_by_peft(theirs):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += 0.2 * noise.to(parameter)
+    return theirs
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: LoraConfig(r=3, target_modules="all-linear", use_dora=True),
+        lambda: VeraConfig(r=30, target_modules="all-linear"),
+        lambda: VeraConfig(
+            r=30,
+            target_modules="all-linear",
+            save_projection=False,
+            projection_prng_key=4,
+        ),
+        lambda: AdaLoraConfig(**ADA, target_modules="all-linear"),
+    ],
+    ids=["dora", "vera", "vera without projection", "adalora"],
+)
+def test_we_load_every_variant_that_peft_saves(make, config, tmp_path):
+    theirs = random_peft(make, config())
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(make(), tmp_path)
+    close = 1e-5 if "VeRA" in repr(ours) else 1e-10
+    assert not torch.allclose(expected, logits(make()), rtol=1e-3)
+    assert_close(logits(ours), expected, rtol=0, atol=close, check_dtype=False)
+
+
+def test_we_load_what_pefts_adalora_has_pruned(tmp_path):
+    theirs = random_peft(
+        llama, AdaLoraConfig(**ADA, target_modules=["q_proj", "up_proj"])
+    )
+    optimizer = torch.optim.AdamW(trained_by_peft(theirs), lr=1e-2)
+    tokens = torch.arange(12).view(2, 6)
+    for step in range(1, 10):
+        theirs(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / CONFIG).read_text())["rank_pattern"]
+    ranks = {sum(mask) for mask in kept.values()}
+    assert len(ranks) > 1
+    ours = load_adapter(llama(), tmp_path)
+    assert_close(logits(ours), expected, rtol=0, atol=1e-10)
+    # what was pruned stays so: nothing reaches it
+    ours(input_ids=tokens, labels=tokens).loss.backward()
+    for layer in lora_layers(ours).values():
+        pruned = layer.lora_E[:, 0] == 0
+        for tensor in (layer.lora_A, layer.lora_B.T, layer.lora_E):
+            assert tensor[pruned].count_nonzero() == 0
+        for grad in (layer.lora_A.grad, layer.lora_B.grad.T, layer.lora_E.grad):
+            assert grad[pruned].count_nonzero() == 0
+            assert (grad[~pruned] != 0).any(dim=1).all()
+
+
+def test_a_pruned_adalora_file_holds_only_what_is_left(tmp_path):
+    model = varied(llama(), VARIANTS["adalora"])
+    save_adapter(model, tmp_path)
+    sizes = {
+        key.removesuffix(".lora_E"): len(value)
+        for key, value in load_file(tmp_path / WEIGHTS).items()
+        if key.endswith("lora_E")
+    }
+    assert sorted(sizes.values()) == [0] + [2] * (len(sizes) - 1)
+
+
+def test_an_untrained_adalora_saves_all_its_triplets(tmp_path):
+    save_adapter(add_lora(llama(), VARIANTS["adalora"]), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["rank_pattern"] is None
+    from_peft(llama, tmp_path)
+    layers = lora_layers(load_adapter(llama(), tmp_path)).values()
+    assert all(layer.lora_A.count_nonzero() > 0 for layer in layers)
+
+
+@pytest.mark.parametrize("mask", [[True], "yes", [1, 0, 2, 0]])
+def test_a_damaged_rank_pattern_is_an_error(mask, tmp_path):
+    save_adapter(varied(gpt2(), VARIANTS["adalora"]), tmp_path)
+    edit_config(
+        tmp_path, rank_pattern={"transformer.h.0.mlp.c_fc.lora_E": mask}
+    )
+    fails(gpt2(), tmp_path, r"rank_pattern\[.*c_fc.*of init_r=4 booleans")
+    edit_config(tmp_path, rank_pattern=[mask])
+    fails(gpt2(), tmp_path, "rank_pattern must map layers to booleans")
+
+
+def test_a_rank_pattern_of_another_rank_is_an_error(tmp_path):
+    save_adapter(varied(gpt2(), VARIANTS["adalora"]), tmp_path)
+    pattern = {"transformer.h.0.mlp.c_fc.lora_E": [True] * 4}
+    edit_config(tmp_path, rank_pattern=pattern)
+    fails(gpt2(), tmp_path, r"lora_A has shape .*, this model needs \(4, 24\)")
+
+
+def test_adalora_without_its_total_step_is_refused(tmp_path):
+    save_adapter(varied(gpt2(), VARIANTS["adalora"]), tmp_path)
+    edit_config(tmp_path, total_step=None)
+    fails(gpt2(), tmp_path, "AdaLoRA needs total_step")
+
+
+def test_pissa_from_peft_loads_if_it_was_converted(tmp_path):
+    settings = {"r": 3, "target_modules": ["q_proj", "up_proj"]}
+    theirs = get_peft_model(
+        llama(torch.float32), LoraConfig(**settings, init_lora_weights="pissa")
+    )
+    theirs.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path / "raw")
+    with pytest.raises(
+        AdapterError, match="path_initial_model_for_weight_conversion"
+    ):
+        load_adapter(llama(torch.float32), tmp_path / "raw")
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(
+        tmp_path / "plain",
+        path_initial_model_for_weight_conversion=tmp_path / "start",
+    )
+    ours = load_adapter(llama(torch.float32), tmp_path / "plain")
+    assert_close(logits(ours), expected, rtol=0, atol=1e-5)
+
+
+def test_pissa_is_saved_for_the_original_base_at_twice_its_rank(tmp_path):
+    model = varied(gpt2(), VARIANTS["pissa"])
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"]) == (6, 10)
+    assert config["init_lora_weights"] is True
+    fails(gpt2(seed=9), tmp_path, "trained on another base model")
+
+
+@pytest.mark.parametrize("b", [1, 2, 3])
+def test_dylora_is_saved_whole_or_cut(b, tmp_path):
+    model = varied(llama(), VARIANTS["dylora"])
+    whole = logits(model)
+    set_rank(model, b)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "whole")
+    assert_close(
+        logits(from_peft(llama, tmp_path / "whole")), whole, rtol=0, atol=1e-10
+    )
+    cut_rank(model, b)
+    save_adapter(model, tmp_path / "cut")
+    theirs = from_peft(llama, tmp_path / "cut")
+    assert_close(logits(theirs), expected, rtol=0, atol=1e-10)
+    assert theirs.peft_config["default"].r == b
+
+
+def test_a_file_that_lacks_veras_projections_is_named(tmp_path):
+    save_adapter(varied(gpt2(), VARIANTS["vera"]), tmp_path)
+    edit_weights(tmp_path, lambda t: t.pop("base_model.vera_A"))
+    fails(gpt2(), tmp_path, "1 key.s. missing from the file: base_model.vera_A")
+    edit_config(tmp_path, save_projection=False)
+    fails(gpt2(), tmp_path, "1 key.s. unused by this model: base_model.vera_B")

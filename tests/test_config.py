@@ -16,6 +16,7 @@ def test_defaults_are_those_of_the_book():
     assert not config.use_rslora
     assert not config.use_dora
     assert config.modules_to_save is None
+    assert config.init_lora_weights is True
 
 
 @pytest.mark.parametrize("r", [0, -1, 2.0, True, "8", None])
@@ -56,9 +57,16 @@ def test_patterns_are_checked_and_name_the_key():
         LoRAConfig(alpha_pattern={"c_fc": math.nan})
 
 
-def test_dora_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="use_dora=True"):
-        LoRAConfig(use_dora=True)
+def test_dora_does_not_combine_with_pissa():
+    assert LoRAConfig(use_dora=True).use_dora
+    with pytest.raises(ValueError, match="use_dora=True does not combine"):
+        LoRAConfig(use_dora=True, init_lora_weights="pissa")
+
+
+@pytest.mark.parametrize("init", [False, None, "olora", "pissa_niter_4"])
+def test_an_unknown_start_is_an_error(init):
+    with pytest.raises(ValueError, match="init_lora_weights must be True or"):
+        LoRAConfig(init_lora_weights=init)
 
 
 def test_a_config_is_frozen_and_keeps_no_list_of_the_caller():

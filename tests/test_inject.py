@@ -20,6 +20,9 @@ from lora_from_scratch import (
     unmerge_lora,
 )
 from lora_from_scratch.inject import lora_layers
+from lora_from_scratch.variants.adalora import AdaLoRAConfig
+from lora_from_scratch.variants.dylora import DyLoRAConfig
+from lora_from_scratch.variants.vera import VeRAConfig
 
 
 def adapted(model, **settings):
@@ -70,8 +73,20 @@ def test_an_unknown_target_lists_near_names():
         adapted(llama(), target_modules=["Q_proj"])
     with pytest.raises(ValueError, match="layers of this model: c_attn"):
         adapted(gpt2(), target_modules=["xyzzy"])
-    with pytest.raises(ValueError, match="matches no module"):
-        adapted(gpt2(), target_modules="attn")  # a regex matches whole names
+
+
+def test_a_string_that_matches_no_whole_name_is_explained():
+    for target in ("attn", "c_attn"):
+        with pytest.raises(
+            ValueError,
+            match=rf"'{target}' matches no module; a string is a regular "
+            rf"expression .* whole names: .* write \['{target}'\]; layers",
+        ):
+            adapted(gpt2(), target_modules=target)
+    with pytest.raises(ValueError, match="matches whole names; layers of"):
+        adapted(gpt2(), target_modules=r".*q_proj")
+    with pytest.raises(ValueError, match="is a GPT2Attention; .* whole names"):
+        adapted(gpt2(), target_modules=r".*attn")
 
 
 def test_targets_that_are_no_layer_are_named():
@@ -235,3 +250,158 @@ def test_an_adapted_model_can_be_copied_and_prints_its_rank():
         model.generate(ids(), max_new_tokens=3, do_sample=False),
         twin.generate(ids(), max_new_tokens=3, do_sample=False),
     )
+
+
+def of_every_kind(**settings):
+    """Return one config of each method."""
+    return {
+        "lora": LoRAConfig(r=3, lora_alpha=5, **settings),
+        "dora": LoRAConfig(r=3, lora_alpha=5, use_dora=True, **settings),
+        "pissa": LoRAConfig(
+            r=3, lora_alpha=5, init_lora_weights="pissa", **settings
+        ),
+        "dylora": DyLoRAConfig(r=3, lora_alpha=5, **settings),
+        "vera": VeRAConfig(r=30, **settings),
+        "adalora": AdaLoRAConfig(
+            init_r=3, target_r=2, total_step=9, lora_alpha=5, **settings
+        ),
+    }
+
+
+KINDS = of_every_kind()
+LAYER_NAMES = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
+LAYER_NAMES |= {"dylora": "DyLoRA", "vera": "VeRA", "adalora": "AdaLoRA"}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def varied(model, config):
+    """Return the model with every adapter tensor moved at random."""
+    add_lora(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in lora_parameters(model):
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor += 0.1 * noise.to(tensor)
+    return model
+
+
+@every_kind
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_each_config_brings_its_layers_and_starts_at_the_base(make, kind):
+    model = make()
+    expected = logits(model)
+    add_lora(model, KINDS[kind])
+    names = {type(m).__name__ for m in lora_layers(model).values()}
+    end = "Conv1D" if make is gpt2 else "Linear"
+    assert names == {LAYER_NAMES[kind] + end}
+    if kind == "pissa":
+        assert_close(logits(model), expected)
+    else:
+        assert torch.equal(logits(model), expected)
+
+
+@every_kind
+def test_each_variant_trains_its_tensors_and_only_those(kind):
+    model = add_lora(llama(), KINDS[kind])
+    trained = list(lora_parameters(model))
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in trained
+    }
+    assert sum(p.numel() for p in trained) == count_parameters(model)[0]
+    model = varied(llama(), KINDS[kind])
+    model(ids(), labels=ids()).loss.backward()
+    assert all(p.grad.count_nonzero() > 0 for p in lora_parameters(model))
+    assert all(
+        p.grad is None for p in model.parameters() if not p.requires_grad
+    )
+
+
+@every_kind
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_each_variant_merges_and_unmerges(make, kind):
+    model = varied(make(), KINDS[kind])
+    expected, before = logits(model), state(model)
+    assert not torch.allclose(expected, logits(make()), rtol=1e-3)
+    merge_lora(model)
+    assert_close(logits(model), expected)
+    unmerge_lora(model)
+    assert_close(state(model), before)
+
+
+@every_kind
+@pytest.mark.parametrize("merged", [False, True])
+def test_each_variant_leaves_without_a_trace(kind, merged):
+    model = gpt2()
+    modules = {k: id(v) for k, v in model.named_modules()}
+    tensors = {
+        k: id(v) for k, v in model.named_parameters(remove_duplicate=False)
+    }
+    before = state(model)
+    varied(model, KINDS[kind])
+    if merged:
+        merge_lora(model)
+    remove_lora(model)
+    assert {k: id(v) for k, v in model.named_modules()} == modules
+    assert tensors == {
+        k: id(v) for k, v in model.named_parameters(remove_duplicate=False)
+    }
+    assert before.keys() == state(model).keys()
+    for key, value in state(model).items():
+        if merged and kind != "pissa":
+            assert_close(value, before[key])
+        else:
+            assert torch.equal(value, before[key])
+
+
+@every_kind
+def test_after_an_error_in_the_middle_nothing_is_left(kind):
+    model = gpt2()
+    model.transformer.wpe.requires_grad_(False)
+    model.transformer.h[1].mlp.c_fc.weight = nn.Parameter(
+        torch.ones(24, 96, dtype=torch.int8), requires_grad=False
+    )
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    tensors = {n: id(p) for n, p in model.named_parameters()}
+    modules = {k: id(v) for k, v in model.named_modules()}
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc: "):
+        add_lora(model, KINDS[kind])
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert {n: id(p) for n, p in model.named_parameters()} == tensors
+    assert {k: id(v) for k, v in model.named_modules()} == modules
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "lora"])
+def test_variants_of_an_embedding_are_refused_with_the_reason(kind):
+    model = gpt2()
+    for targets in (["wte"], ["c_attn", "wte"]):
+        config = of_every_kind(target_modules=targets)[kind]
+        with pytest.raises(
+            ValueError,
+            match=r"wte: \w+ cannot wrap an? Embedding: .*; leave it out of "
+            "target_modules, or adapt it with",
+        ):
+            add_lora(model, config)
+    assert not lora_layers(model)
+
+
+def test_pissa_frees_a_tied_head_and_ties_it_again():
+    model = gpt2()
+    wte = model.transformer.wte.weight
+    config = LoRAConfig(
+        r=3, target_modules=["lm_head"], init_lora_weights="pissa"
+    )
+    varied(model, config)
+    expected = logits(model)
+    merge_lora(model)  # its residual is a tensor of its own
+    assert_close(logits(model), expected)
+    remove_lora(model)
+    assert model.lm_head.weight is wte is model.transformer.wte.weight
+
+
+def test_all_layers_share_one_pair_in_vera():
+    model = add_lora(llama(), VeRAConfig(r=30))
+    pairs = {id(m.projections) for m in lora_layers(model).values()}
+    assert len(pairs) == 1
+    twin = copy.deepcopy(model)
+    assert len({id(m.projections) for m in lora_layers(twin).values()}) == 1
+    assert torch.equal(logits(twin), logits(model))

@@ -13,8 +13,9 @@ import lora_from_scratch
 LAYERS = [
     {"config", "files", "memory", "spectrum"},
     {"linear"},
+    {"variants"},
     {"inject"},
-    {"adapters", "data", "models", "results", "train"},
+    {"ablations", "adapters", "data", "family", "models", "results", "train"},
     {"serving"},
     {"doctor", "plots", "widgets"},
     {"__main__"},

@@ -10,11 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from scipy import stats
 
 from lora_from_scratch.plots import (
     BLACK,
     COLOURS,
     plot_energy,
+    plot_groups,
+    plot_intervals,
     plot_losses,
     plot_similarity,
     plot_spectrum,
@@ -24,11 +27,18 @@ from lora_from_scratch.plots import (
 RANKS = [1, 2, 4, 8]
 SHARES = {"q_proj": [0.4, 0.5, 0.7, 0.8], "random": [0.1, 0.2, 0.3, 0.4]}
 GRID = [[0.9, 0.5, 0.25], [0.4, 0.6, 0.3]]
+BARS = {
+    "a": {1: (4, 0.3), 2: (3, 0.2), 8: (2, 0)},
+    "b": {2: (2, 0.1), 4: (1, 0.4)},
+}
+SEEDS = {"LoRA": [4.2, 4.1, 4.4], "full": [4.0, 4.05]}
 DRAW = {
     "spectrum": lambda: plot_spectrum({"a": [3, 2, 1], "b": [2, 1, 0]}, "t"),
     "energy": lambda: plot_energy(RANKS, SHARES, "t"),
     "similarity": lambda: plot_similarity(GRID, "t"),
     "losses": lambda: plot_losses({"a": [3, 2, 1], "b": [3, 1, 1]}, "t"),
+    "intervals": lambda: plot_intervals(BARS, "t", "r"),
+    "groups": lambda: plot_groups(SEEDS, "t"),
 }
 
 
@@ -59,7 +69,8 @@ def test_title_and_axes_are_named_and_rc_is_left_alone(name):
     ax = DRAW[name]()
     assert dict(plt.rcParams) == before
     assert ax.get_title(loc="left") == "t"
-    assert ax.get_xlabel() and ax.get_ylabel()
+    assert ax.get_xlabel()
+    assert ax.get_ylabel() or [x.get_text() for x in ax.get_yticklabels()]
 
 
 def test_energy_draws_percent_and_the_baseline_in_black():
@@ -102,6 +113,32 @@ def test_losses_are_smoothed_over_the_steps_before():
     np.testing.assert_array_equal(line.get_xdata(), [2, 3, 4])
 
 
+def test_bars_reach_half_their_length_up_and_down():
+    ax = plot_intervals(BARS, "t", "r")
+    line = next(x for x in ax.get_lines() if len(x.get_xdata()) == 3)
+    np.testing.assert_array_equal(line.get_xdata(), [1, 2, 8])
+    np.testing.assert_array_equal(line.get_ydata(), [4, 3, 2])
+    bars = [c.get_segments()[0] for c in ax.collections]
+    assert len(bars) == 4  # one half is zero
+    np.testing.assert_allclose(bars[0], [[1, 3.7], [1, 4.3]])
+    np.testing.assert_allclose(bars[3], [[4, 0.6], [4, 1.4]])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
+    ticks = [t.get_text() for t in ax.get_xticklabels()]
+    assert ticks == ["1", "2", "4", "8"]
+
+
+def test_groups_show_every_seed_the_mean_and_the_interval():
+    ax = plot_groups(SEEDS, "t")
+    rings = [x for x in ax.get_lines() if x.get_markerfacecolor() == "none"]
+    np.testing.assert_array_equal(rings[0].get_xdata(), SEEDS["LoRA"])
+    np.testing.assert_array_equal(rings[1].get_ydata(), [1, 1])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["LoRA", "full"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+    test = stats.t.interval(0.95, 1, loc=4.025, scale=stats.sem(SEEDS["full"]))
+    bar = ax.collections[1].get_segments()[0]
+    np.testing.assert_allclose(bar, [[test[0], 1], [test[1], 1]], rtol=1e-3)
+
+
 def test_given_axes_are_drawn_on():
     _, (left, right) = plt.subplots(1, 2)
     assert plot_energy(RANKS, SHARES, "t", ax=right) is right
@@ -138,6 +175,10 @@ def test_use_style_sets_the_size_of_new_figures():
         (lambda: plot_losses({"a": [1]}, "t", smooth=2), "smooth must be"),
         (lambda: plot_energy([1], {"a": [1, 1]}, "t"), "2 shares for 1 ranks"),
         (lambda: plot_energy([1], {"a": [40]}, "t"), "between 0 and 1"),
+        (lambda: plot_intervals({}, "t", "r"), "nothing to draw"),
+        (lambda: plot_intervals({"a": {1: (1, -1)}}, "t", "r"), ">= 0"),
+        (lambda: plot_groups({"a": [1.0]}, "t"), "2 to 10 values"),
+        (lambda: plot_groups({}, "t"), "nothing to draw"),
         (lambda: plot_similarity([1, 2], "t"), "must be a table"),
         (lambda: plot_similarity([[1.5]], "t"), "between 0 and 1"),
         (lambda: plot_similarity([[np.nan]], "t"), "between 0 and 1"),

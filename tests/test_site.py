@@ -266,7 +266,7 @@ def test_widgets_move_by_key_and_by_mouse(browser, address, page, scheme):
     assert hosts.count() == markers
     for number in range(markers):
         host = hosts.nth(number)
-        host.locator("input, button").first.wait_for()
+        host.locator("input, button, select").first.wait_for()
         assert host.get_attribute("role") != "alert", host.inner_text()
         for slider in host.locator("input[type=range]").all():
             said = host.locator(f"output[for={slider.get_attribute('id')}]")
@@ -280,6 +280,14 @@ def test_widgets_move_by_key_and_by_mouse(browser, address, page, scheme):
             middle = {"x": box["width"] * 0.6, "y": box["height"] / 2}
             slider.click(position=middle)
             assert said.inner_text() != by_key, "the mouse changed nothing"
+        for chooser in host.locator("select:enabled").all():
+            values = chooser.locator("option").evaluate_all(
+                "options => options.map(option => option.value)"
+            )
+            others = set(values) - {chooser.input_value()}
+            before = host.inner_text()
+            chooser.select_option(min(others))
+            assert host.inner_text() != before, "a choice changed nothing"
     watched.context.close()
     assert watched.problems == []
 

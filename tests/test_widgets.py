@@ -15,7 +15,6 @@ import threading
 import time
 import urllib.request
 from functools import partial
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -23,11 +22,10 @@ import pytest
 import torch
 import traitlets
 from axe_playwright_python.base import AXE_SCRIPT
-from ipywidgets.embed import dependency_state, embed_data
 from nbformat.sign import NotebookNotary
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from widget_pages import DARK, LOADER, MIME, chromium, stored
 
 from lora_from_scratch.spectrum import break_even_rank, energy
 from lora_from_scratch.widgets import RankExplorer
@@ -37,10 +35,7 @@ from lora_from_scratch.widgets.rank_explorer import (
     _errors,
     _window,
 )
-from tools.find_chromium import HELP, find
 
-LOADER = Path(__file__).parents[1] / "book" / "static" / "widgets.js"
-MIME = "application/vnd.jupyter.widget-"
 M, N = 37, 52  # no two alike
 
 
@@ -60,12 +55,6 @@ def update(d=256):
     """Return a (d, d) matrix with the falling spectrum of a real update."""
     U, _, Vt = np.linalg.svd(noise(d, d))
     return (U * (0.01 / np.arange(1, d + 1))) @ Vt
-
-
-def stored(*widgets):
-    """Return what a notebook's metadata hold for these widgets."""
-    state = dependency_state(widgets, drop_defaults=False)
-    return embed_data(views=widgets, state=state)["manager_state"]
 
 
 def state_of(widget):
@@ -312,15 +301,8 @@ def test_r_cannot_be_set_past_the_slider():
 
 @pytest.fixture(scope="module")
 def browser():
-    path = find()
-    if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(HELP)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox"]
-        )
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -345,10 +327,7 @@ def folder(tmp_path_factory):
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
         <meta name="viewport" content="width=device-width">
         <title>Widgets</title><script defer src="widgets.js"></script>
-        <style>@media (prefers-color-scheme: dark) {{ :root {{
-        --pst-color-text-base: #eee; --pst-color-text-muted: #bbb;
-        --pst-color-background: #111; --pst-color-surface: #222;
-        --pst-color-primary: #6cf; --pst-color-border: #444; }} }}</style>
+        <style>{DARK}</style>
         </head><body><main><h1>Widgets</h1>{views}</main>
         <script type="{MIME}state+json">{text}</script></body></html>"""
     (folder / "page.html").write_text(page, encoding="utf-8")

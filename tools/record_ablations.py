@@ -1,7 +1,8 @@
 """Train one small model hundreds of times, changing one setting at a time.
 
-    python tools/record_ablations.py rank       # also alpha, targets, rates,
-                                                # dropout, batch, topics
+    python tools/record_ablations.py rank   # also alpha, targets, rates,
+                                            # dropout, steps, batch, topics,
+                                            # family, variants
     python tools/record_ablations.py rank --again 12
 
 Writes notebooks/results/ablation_NAME.json, one row per run; lessons 06 to 08
@@ -17,6 +18,7 @@ choose nothing.
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -32,10 +34,33 @@ from tasks import KingJames, Topics, old_text
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_from_scratch.ablations import OUTCOMES
 from lora_from_scratch.config import LoRAConfig
-from lora_from_scratch.inject import add_lora, count_parameters
+from lora_from_scratch.family import (
+    add_houlsby,
+    add_prefix,
+    add_prompt,
+    train_biases,
+)
+from lora_from_scratch.inject import (
+    add_lora,
+    count_parameters,
+    lora_layers,
+)
 from lora_from_scratch.models import load_base
 from lora_from_scratch.train import evaluate, train
+from lora_from_scratch.variants.adalora import (
+    AdaLoRAConfig,
+    RankAllocator,
+    orthogonality_loss,
+)
+from lora_from_scratch.variants.dylora import (
+    DyLoRAConfig,
+    one_rank_per_batch,
+    set_rank,
+)
+from lora_from_scratch.variants.optim import freeze_A
+from lora_from_scratch.variants.vera import VeRAConfig
 
 OUT = Path(__file__).parents[1] / "notebooks" / "results"
 RATES = [m * 10**e for e in range(-6, 1) for m in (1, 2, 5)]  # about x 2.15
@@ -82,6 +107,23 @@ def split_attention(model):
     return model
 
 
+FAMILY = {"prompt": add_prompt, "prefix": add_prefix, "houlsby": add_houlsby}
+VARIANTS = {  # of LoRA with alpha = 16 on all linear layers
+    "dora": lambda s: LoRAConfig(r=s["r"], use_dora=True),
+    "pissa": lambda s: LoRAConfig(r=s["r"], init_lora_weights="pissa"),
+    "lorafa": lambda s: LoRAConfig(r=s["r"]),
+    "dylora": lambda s: DyLoRAConfig(r=s["r"]),
+    "vera": lambda s: VeRAConfig(r=s["r"]),
+    "adalora": lambda s: AdaLoRAConfig(
+        init_r=s["r"] * 3 // 2,
+        target_r=s["r"],
+        tinit=s["steps"] // 8,
+        tfinal=s["steps"] // 4,
+        total_step=s["steps"],
+        orth_reg_weight=ORTHOGONALITY,
+    ),
+}
+ORTHOGONALITY = 0.1  # of the authors' examples; PEFT's default is 0.5
 TARGETS = {  # on the split model
     "qv": ["q_proj", "v_proj"],
     "attention": ["q_proj", "k_proj", "v_proj", "attn.c_proj"],
@@ -118,8 +160,14 @@ def build(setting):
             use_rslora=method == "rslora",
         )
         add_lora(model, config)
+    elif method in VARIANTS:
+        add_lora(model, VARIANTS[method](setting))
+        if method == "lorafa":
+            freeze_A(model)
+    elif method == "bitfit":
+        train_biases(model)
     else:
-        raise ValueError(f"no method {method!r}")
+        FAMILY[method](model, setting["size"])
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if method == "loraplus":
         ratio = setting["ratio"]
@@ -153,6 +201,36 @@ class Tasks:
         return self.made[key]
 
 
+class Regularized(nn.Module):
+    """Add AdaLoRA's orthogonality to the loss, in training only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        """Return the outputs of the model, with that loss."""
+        out = self.model(**inputs)
+        if self.training:
+            out.loss = out.loss + ORTHOGONALITY * orthogonality_loss(self.model)
+        return out
+
+
+def loop(setting, model, optimizer, batches):
+    """Return (model, batches) that make ``train`` the variant's own loop."""
+    if setting["method"] == "dylora":
+        generator = torch.Generator().manual_seed(3000 + setting["seed"])
+        return model, one_rank_per_batch(model, batches, generator)
+    if setting["method"] == "adalora":
+        allocator = RankAllocator(model, model.lora_config)
+        steps = itertools.count(1)
+        optimizer.register_step_post_hook(
+            lambda *_: allocator.update_and_allocate(next(steps))
+        )
+        return Regularized(model), batches
+    return model, batches
+
+
 def run(setting, tasks):
     """Train once and return the row: the setting and what came out."""
     task = tasks(setting)
@@ -164,10 +242,13 @@ def run(setting, tasks):
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps, row = setting["steps"], dict(setting)
     torch.manual_seed(2000 + setting["seed"])  # dropout
+    looped, source = loop(
+        setting, model, optimizer, task.batches(setting["seed"])
+    )
     try:
         losses = train(
-            model,
-            task.batches(setting["seed"]),
+            looped,
+            source,
             steps,
             setting["lr"],
             warmup_steps=max(1, steps // 16),
@@ -175,17 +256,38 @@ def run(setting, tasks):
             optimizer=optimizer,
         )
         seconds = time.process_time() - start
+        if setting["method"] == "dylora":
+            set_rank(model, setting["r"])
         row["train_loss"] = round(sum(losses[-8:]) / len(losses[-8:]), 4)
         row["validation_loss"] = task.score(model, "validation")["loss"]
         for key, value in task.score(model).items():
             row[f"test_{key}"] = value
         row["old_loss"] = round(evaluate(model, tasks.old), 4)
+        if setting.get("cut"):
+            row["cut_loss"] = cut_losses(model, task)
     except RuntimeError as error:  # diverged
         seconds = time.process_time() - start
         row["diverged"] = str(error).split(";")[0]
     row["n_trainable"] = trainable
     row["cpu_seconds"] = round(seconds, 1)
     return row
+
+
+@torch.no_grad()
+def cut_losses(model, task):
+    """Return {b: test loss} with all but the first b rows of A dropped.
+
+    The scale becomes alpha / b, as in a LoRA of rank b.
+    """
+    losses = {}
+    layers = lora_layers(model).values()
+    whole = [layer.lora_B.clone() for layer in layers]
+    for b in (8, 4, 2, 1):
+        for layer, B in zip(layers, whole, strict=True):
+            layer.lora_B.zero_()
+            layer.lora_B[:, :b] = B[:, :b] * (layer.r / b)
+        losses[b] = task.score(model)["loss"]
+    return losses
 
 
 def near(lr):
@@ -306,6 +408,8 @@ def rates(e):
     e.tune(5e-4, method="full")
     for ratio in (4, 16):
         e.tune(2e-3, method="loraplus", ratio=ratio)
+    for seed in SEEDS:  # LoRA at the rate that suits full fine-tuning
+        e.row(lr=5e-4, seed=seed)
 
 
 def dropout(e):
@@ -314,10 +418,20 @@ def dropout(e):
         for p in (0.0, 0.05, 0.1, 0.3):
             for seed in SEEDS:
                 e.row(lora_dropout=p, n_train=n_train, lr=5e-3, seed=seed)
-    for r in (1, 64):
-        e.tune(5e-3, r=r, n_train=24)
-    e.tune(5e-3, n_train=24)
-    e.tune(5e-4, n_train=24, method="full")
+    for r in (1, 8, 64):  # is it the rank, or the rate and the steps?
+        e.tune(1e-4, r=r, n_train=24)
+    e.tune(2e-5, n_train=24, method="full")
+    for steps in (10, 20, 40):
+        for seed in SEEDS:
+            e.row(lr=5e-3, n_train=24, steps=steps, seed=seed)
+
+
+def steps(e):
+    """A quarter of the steps, and four times as many."""
+    for n, ranks in {20: (1, 8, 64), 320: (8, 64)}.items():
+        for r in ranks:
+            e.tune(5e-3, r=r, steps=n)
+        e.tune(5e-4, method="full", steps=n)
 
 
 def batch(e):
@@ -335,17 +449,58 @@ def topics(e):
     e.tune(5e-4, method="full", task="topics", batch_size=16)
 
 
+def family(e):
+    """The other methods, on both tasks; LoRA and full are in other files."""
+    e.tune(1e-2, method="bitfit", size=None)
+    for size in (2, 30):
+        e.tune(5e-3, method="houlsby", size=size)
+    for size in (8, 64):
+        e.tune(0.05, method="prefix", size=size)
+        e.tune(0.1, method="prompt", size=size)
+    topics = {"task": "topics", "batch_size": 16}
+    e.tune(2e-3, method="bitfit", size=None, **topics)
+    e.tune(1e-3, method="houlsby", size=30, **topics)
+    e.tune(1e-2, method="prefix", size=64, **topics)
+    e.tune(2e-2, method="prompt", size=64, **topics)
+
+
+def variants(e):
+    """The variants of LoRA at about the numbers of r = 8; VeRA of r = 1.
+
+    LoRA itself, rsLoRA and LoRA+ are in other files. DyLoRA and LoRA once
+    more, cut to lower ranks.
+    """
+    e.tune(5e-3, method="dora")
+    e.tune(5e-3, method="pissa")
+    e.tune(5e-3, method="adalora")
+    e.tune(1e-2, method="lorafa", r=14)
+    e.tune(0.05, method="vera", r=256)
+    best = e.tune(5e-3, method="dylora", cut=True)
+    e.tune(best, cut=True)
+    e.tune(1e-3, method="rslora")  # r = 8: not in ablation_alpha.json
+
+
 EXPERIMENTS = {
-    f.__name__: f for f in (rank, alpha, targets, rates, dropout, batch, topics)
+    f.__name__: f
+    for f in (
+        rank,
+        alpha,
+        targets,
+        rates,
+        dropout,
+        steps,
+        batch,
+        topics,
+        family,
+        variants,
+    )
 }
 
 
 def again(experiment, number):
     """Train one row once more; exit with 1 if a loss differs."""
     old = experiment.rows[number]
-    done = ("train_loss", "validation_loss", "test_loss", "test_accuracy")
-    done += ("old_loss", "diverged", "n_trainable", "cpu_seconds")
-    setting = {k: v for k, v in old.items() if k not in done}
+    setting = {k: v for k, v in old.items() if k not in OUTCOMES}
     new = run(setting, experiment.tasks)
     old, new = ({**row, "cpu_seconds": None} for row in (old, new))
     print(f"recorded {old}\nnow      {new}")

@@ -1,5 +1,13 @@
 """Widgets that work in a live notebook and on a page with no kernel."""
 
+from lora_from_scratch.widgets.ablation_explorer import AblationExplorer
+from lora_from_scratch.widgets.memory_calculator import MemoryCalculator
 from lora_from_scratch.widgets.rank_explorer import RankExplorer
+from lora_from_scratch.widgets.variant_diagram import VariantDiagram
 
-__all__ = ["RankExplorer"]
+__all__ = [
+    "AblationExplorer",
+    "MemoryCalculator",
+    "RankExplorer",
+    "VariantDiagram",
+]

@@ -1,0 +1,1 @@
+"""LoRA's variants, one idea per module; taught in lesson 08."""

@@ -1,0 +1,308 @@
+"""LoRA through PEFT against full fine-tuning, on a real model of 135M.
+
+    python tools/record_peft_gpt2.py
+    python tools/record_peft_gpt2.py --again 4
+
+Writes notebooks/results/peft_gpt2.json, one row per run; lesson 05 reads it.
+Base model: SmolLM2-135M-Instruct. Two tasks (tools/tasks.py): name the topic
+of a WordNet gloss, and write on in the style of the King James Bible. Both
+methods see the same batches in the same order, for the same number of steps.
+
+For each task and method three learning rates are tried with seed 0 and
+``SWEEP_STEPS`` steps, more as long as the best of them, by validation loss, is
+the lowest or the highest. The best is used for ``STEPS`` steps with three
+seeds. A seed draws the order of the batches and the start of the adapter. Test
+texts choose nothing. ``old_loss`` is measured on plain English that belongs to
+neither task: the held-out text of the tiny model.
+
+The rows of seed 0 also hold what was in memory during one training step, in
+bytes by item, and for the style task a few lines written by the model.
+
+Forward passes run in bfloat16 autocast over float32 weights. Stopped runs go
+on where they were. ``--again N`` trains row N once more and fails unless every
+loss comes out the same.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from record_ablations import cpu_name
+from tasks import KingJames, Mixed, Topics, old_text
+
+from lora_from_scratch.models import load_base
+from lora_from_scratch.train import evaluate, train
+
+PATH = Path(__file__).parents[1] / "notebooks" / "results" / "peft_gpt2.json"
+SEEDS = [0, 1, 2]
+STEPS, SWEEP_STEPS = 30, 15
+BATCH = {"topics": 8, "kjv": 4}
+LENGTH = 64  # tokens of a window of kjv and of old text
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+GUESS = {"full": 1e-4, "lora": 1e-3}
+CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+PROMPTS = [
+    "And it came to pass",
+    "The computer said unto him,",
+    "How do I cook an egg?",
+]
+NEW_TOKENS = 32
+
+
+class Made:
+    """The tasks and the old text, each made once."""
+
+    def __init__(self):
+        self.tokenizer = load_base("small")[1]
+        self.tasks = {
+            "topics": Topics(self.tokenizer, BATCH["topics"], 105),
+            "kjv": KingJames(self.tokenizer, BATCH["kjv"], LENGTH, 16),
+        }
+        topics = self.tasks["topics"]
+        topics.validation = topics.validation[::2]
+        self.old = old_text(self.tokenizer, LENGTH, 16)
+
+
+def build(method, seed):
+    """Return the model to train, and the causal model inside it."""
+    model, _ = load_base("small")
+    model.config.use_cache = False
+    torch.manual_seed(1000 + seed)  # draws the adapter
+    if method == "full":
+        model.requires_grad_(True)
+    elif method == "lora":
+        model = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", **CONFIG)
+        )
+    elif method != "base":
+        raise ValueError(f"no method {method!r}")
+    return Mixed(model), model
+
+
+def scores(task, made, model, split):
+    """Return what is measured of one model after its training."""
+    if split == "validation":
+        return {"validation_loss": task.score(model, split)["loss"]}
+    found = {f"test_{k}": v for k, v in task.score(model).items()}
+    return {**found, "old_loss": round(evaluate(model, made.old), 4)}
+
+
+def run(setting, made):
+    """Train once and return the row: the setting and what came out."""
+    task, seed = made.tasks[setting["task"]], setting["seed"]
+    mixed, model = build(setting["method"], seed)
+    row, sweep = dict(setting), setting["part"] == "sweep"
+    start = time.process_time()
+    if setting["method"] != "base":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=setting["lr"], weight_decay=0.0, fused=True
+        )
+        losses = train(
+            mixed,
+            task.batches(seed),
+            setting["steps"],
+            setting["lr"],
+            warmup_steps=2,
+            decay=True,
+            optimizer=optimizer,
+        )
+        seconds = time.process_time() - start
+        row["train_loss"] = round(sum(losses[-5:]) / 5, 4)
+        row["step_seconds"] = round(seconds / setting["steps"], 2)
+        row["n_trainable"] = sum(p.numel() for p in trained)
+        if not sweep and seed == 0:
+            batch = next(iter(task.batches(seed)))
+            row["memory"] = memory(mixed, model, optimizer, batch)
+            row["file_bytes"] = file_bytes(model)
+        del optimizer
+    row.update(scores(task, made, mixed, "validation" if sweep else "test"))
+    if not sweep and seed == 0 and setting["task"] == "kjv":
+        row["samples"] = samples(model, made.tokenizer)
+    row["cpu_seconds"] = round(time.process_time() - start, 1)
+    return row
+
+
+def memory(mixed, model, optimizer, batch):
+    """Return the bytes held during one training step, by item.
+
+    Activations are what autograd keeps for the backward pass, each storage
+    counted once, the weights themselves left out; ``cast`` are the bfloat16
+    copies of weights among them, which autocast makes.
+    """
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {tuple(sorted(p.shape)) for p in model.parameters()}
+    shapes = {s for s in shapes if len(s) == 2}
+    kept, cast = {}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            a_cast = (
+                tensor.dtype == torch.bfloat16
+                and tuple(sorted(tensor.shape)) in shapes
+            )
+            found = cast if a_cast else kept
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if isinstance(batch, torch.Tensor):
+        batch = {"input_ids": batch, "labels": batch}
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = mixed(**batch).loss
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sizes = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in trained),
+        "optimizer": sum(
+            x.nbytes
+            for state in optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, torch.Tensor)
+        ),
+        "activations": sum(kept.values()),
+        "cast": sum(cast.values()),
+        "tokens": batch["input_ids"].numel(),
+    }
+    model.zero_grad()
+    return sizes
+
+
+def file_bytes(model):
+    """Return the size of the file that a user would have to keep."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
+
+
+@torch.no_grad()
+def samples(model, tokenizer):
+    """Return what the model writes after each prompt, greedily."""
+    model.eval()
+    model.config.use_cache = True
+    texts = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.generate(
+                **ids,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = out[0, ids["input_ids"].shape[1] :]
+        texts[prompt] = tokenizer.decode(new, skip_special_tokens=True)
+    return texts
+
+
+class Record:
+    """Rows of the file: runs what is missing, writes after every run."""
+
+    def __init__(self, path):
+        self.path, self.made, self.rows = path, Made(), []
+        if path.exists():
+            self.rows = json.loads(path.read_text("utf-8"))["rows"]
+
+    def row(self, **setting):
+        """Return the row of a setting; train if it is new."""
+        for row in self.rows:
+            if setting.items() <= row.items():
+                return row
+        row = run(setting, self.made)
+        self.rows.append(row)
+        self.write()
+        print(len(self.rows) - 1, row, flush=True)
+        return row
+
+    def compare(self, task, method, seeds):
+        """Find the best rate with seed 0, then train with the seeds."""
+        setting = {"task": task, "method": method}
+
+        def loss(i):
+            row = self.row(
+                part="sweep", **setting, steps=SWEEP_STEPS, lr=RATES[i], seed=0
+            )
+            return row["validation_loss"]
+
+        i = RATES.index(GUESS[method])
+        tried = {j: loss(j) for j in (i, i - 1, i + 1)}
+        while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
+            j = best - 1 if best == min(tried) else best + 1
+            if not 0 <= j < len(RATES):
+                break
+            tried[j] = loss(j)
+        for seed in seeds:
+            self.row(
+                part="final", **setting, steps=STEPS, lr=RATES[best], seed=seed
+            )
+
+    def write(self):
+        """Write the file whole, or not at all."""
+        made = {
+            "command": "python tools/record_peft_gpt2.py",
+            "date": str(date.today()),
+            "hardware": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": peft.__version__,
+            },
+            "scale": "small",
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "seeds": SEEDS,
+            "precision": "bfloat16 autocast, float32 weights",
+            "batch_size": BATCH,
+            "length": LENGTH,
+            "lora": CONFIG,
+            "cpu_seconds": round(sum(row["cpu_seconds"] for row in self.rows)),
+        }
+        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
+        text = f'{{\n "made": {json.dumps(made)},\n "rows": [\n  {rows}\n ]\n}}'
+        part = self.path.with_suffix(".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+
+def again(record, number):
+    """Train one row once more; exit with 1 if anything but time differs."""
+    old = record.rows[number]
+    keys = ("part", "task", "method", "steps", "lr", "seed")
+    new = run({k: old[k] for k in keys if k in old}, record.made)
+    times = {"cpu_seconds": None, "step_seconds": None}
+    old, new = ({**row, **times} for row in (old, new))
+    print(f"recorded {old}\nnow      {new}")
+    print("the same" if old == new else "DIFFERENT")
+    return old != new
+
+
+def main():
+    """Record everything, or one row again."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--again", type=int, metavar="ROW")
+    parser.add_argument("--out", type=Path, default=PATH)
+    args = parser.parse_args()
+    record = Record(args.out)
+    if args.again is not None:
+        sys.exit(again(record, args.again))
+    pairs = [(t, m) for t in ("topics", "kjv") for m in ("lora", "full")]
+    for task in ("topics", "kjv"):
+        record.row(part="final", task=task, method="base", seed=0)
+    for seeds in (SEEDS[:1], SEEDS[:2], SEEDS):  # one seed of all, then more
+        for task, method in pairs:
+            record.compare(task, method, seeds)
+
+
+if __name__ == "__main__":
+    main()
