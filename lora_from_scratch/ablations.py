@@ -90,7 +90,7 @@ def at_best_rate(rows: Sequence[Row], **setting) -> list[Row]:
     """
     tried = sweep(rows, **setting)
     best = min(tried, key=lambda lr: tried[lr].get("validation_loss", math.inf))
-    found = where(rows, lr=best, **setting)
+    found = where(rows, **setting | {"lr": best})
     return sorted(found, key=lambda row: row["seed"])
 
 

@@ -88,6 +88,11 @@ def test_validation_chooses_the_rate_and_not_the_test():
     ]
 
 
+def test_a_given_rate_is_the_best():
+    rows = at_best_rate(ROWS, r=8, method="lora", lr=0.005)
+    assert [row["validation_loss"] for row in rows] == [4.2]
+
+
 def test_a_run_that_diverged_is_never_the_best():
     rows = at_best_rate([*ROWS, BROKEN], r=8, method="lora")
     assert rows[0]["lr"] == 0.01

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_from_scratch import LoRAConv1D, LoRALinear
 from lora_from_scratch.serving.batch import MixedLoRALinear
+from lora_from_scratch.variants.dora import DoRALinear
 
 D_IN, D_OUT, TOKENS = 5, 7, 3
 BASES = {
@@ -81,3 +82,6 @@ def test_bad_calls_name_the_mistake():
     other = LoRALinear(nn.Linear(D_IN, D_OUT), 2, 6)
     with pytest.raises(ValueError, match="wrap different base layers"):
         MixedLoRALinear({"a": layer.layers["a"], "other": other})
+    dora = DoRALinear(nn.Linear(D_IN, D_OUT), 2, 6)
+    with pytest.raises(ValueError, match="'d' is a DoRALinear"):
+        MixedLoRALinear({"d": dora})

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_from_scratch.linear import LoRALinear
+from lora_from_scratch.linear import LoRAConv1D, LoRALinear
 
 
 class MixedLoRALinear(nn.Module):
@@ -23,7 +23,8 @@ class MixedLoRALinear(nn.Module):
             ranks and scales may differ. Dropout is not applied.
 
     Raises:
-        ValueError: no layer, or two that wrap different base layers.
+        ValueError: no layer, two that wrap different base layers, or a
+            variant whose update is not scaling B A (DoRA, AdaLoRA, ...).
     """
 
     def __init__(self, layers: Mapping[str, LoRALinear]):
@@ -32,6 +33,12 @@ class MixedLoRALinear(nn.Module):
             raise ValueError("layers is empty: name at least one adapter")
         first = next(iter(layers))
         for name, layer in layers.items():
+            if type(layer) not in (LoRALinear, LoRAConv1D):
+                raise ValueError(
+                    f"adapter {name!r} is a {type(layer).__name__}; a mixed "
+                    "batch takes LoRALinear and LoRAConv1D: load the adapter "
+                    "as plain LoRA, or merge it"
+                )
             if layer.base_layer is not layers[first].base_layer:
                 raise ValueError(
                     f"adapters {first!r} and {name!r} wrap different base "
