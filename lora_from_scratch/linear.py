@@ -35,7 +35,8 @@ class _LoRAProduct(torch.autograd.Function):
         u = x if fused else u
         z = u @ lora_A.to(dtype).T  # (n, r)
         h.addmm_(z, lora_B.to(dtype).T, alpha=scaling)
-        ctx.save_for_backward(u, z, weight, lora_A, lora_B)
+        kept = u if ctx.needs_input_grad[4] else None  # LoRA-FA: no dA, no u
+        ctx.save_for_backward(kept, z, weight, lora_A, lora_B)
         ctx.fused, ctx.scaling = fused, scaling
         return h
 
@@ -44,7 +45,7 @@ class _LoRAProduct(torch.autograd.Function):
     def backward(ctx, dh):
         """Return the gradients of x, u, A and B."""
         u, z, weight, lora_A, lora_B = ctx.saved_tensors
-        dtype = u.dtype
+        dtype = z.dtype
         dz = (dh @ lora_B.to(dtype)).mul_(ctx.scaling)  # (n, r)
         dA = dB = dx = du = None
         if ctx.needs_input_grad[4]:
