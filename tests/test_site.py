@@ -269,19 +269,20 @@ def test_widgets_move_by_key_and_by_mouse(browser, address, page, scheme):
         host.locator("input, button, select").first.wait_for()
         assert host.get_attribute("role") != "alert", host.inner_text()
         for slider in host.locator("input[type=range]").all():
-            said = host.locator(f"output[for={slider.get_attribute('id')}]")
             slider.focus()
             slider.press("Home")
-            before = said.inner_text()
+            before = host.inner_text()
             slider.press("ArrowRight")
-            by_key = said.inner_text()
+            by_key = host.inner_text()
             assert by_key != before, "ArrowRight changed nothing"
             box = slider.bounding_box()
             middle = {"x": box["width"] * 0.6, "y": box["height"] / 2}
             slider.click(position=middle)
-            assert said.inner_text() != by_key, "the mouse changed nothing"
-        for chooser in host.locator("select:enabled").all():
-            values = chooser.locator("option").evaluate_all(
+            assert host.inner_text() != by_key, "the mouse changed nothing"
+        for chooser in host.locator("select").all():
+            if not (chooser.is_visible() and chooser.is_enabled()):
+                continue  # another choice made it pointless
+            values = chooser.locator("option:enabled").evaluate_all(
                 "options => options.map(option => option.value)"
             )
             others = set(values) - {chooser.input_value()}
