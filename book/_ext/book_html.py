@@ -24,6 +24,9 @@ MATHJAX_FILES = [
 ]
 
 FIXES = [
+    # names, punctuation and blanks in code have the color of plain text:
+    # a third of a lesson's bytes would say nothing
+    (re.compile(r'<span class="(?:n|p|w)">([^<]*)</span>'), r"\1"),
     # myst-nb: the label hid the visible text of the toggle from screen readers.
     (re.compile(r'(<summary) aria-label="Toggle hidden content"'), r"\1"),
     # myst-nb: a toggle is no admonition, and <summary> may hold no paragraph.
