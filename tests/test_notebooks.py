@@ -19,7 +19,6 @@ NOTEBOOKS = ROOT / "notebooks"
 LESSONS = [path.stem for path in notebooks.texts(ROOT)]
 MAX_BYTES = 500_000
 MAX_CELLS = 40
-MORE_CELLS = {"08_variants": 48}  # eight methods, each written and compared
 
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 
@@ -61,7 +60,7 @@ def test_every_code_cell_ran_once_in_order(name):
 def test_lesson_is_short_and_light(name):
     path = NOTEBOOKS / f"{name}.ipynb"
     assert path.stat().st_size <= MAX_BYTES
-    assert len(read(name).cells) <= MORE_CELLS.get(name, MAX_CELLS)
+    assert len(read(name).cells) <= MAX_CELLS
 
 
 @each_lesson
