@@ -19,6 +19,7 @@ from lora_from_scratch.linear import (
     LoRAEmbedding,
     LoRALayer,
     LoRALinear,
+    lora_layers,
 )
 from lora_from_scratch.variants.adalora import (
     AdaLoRAConfig,
@@ -41,15 +42,6 @@ from lora_from_scratch.variants.vera import (
 
 Config = LoRAConfig | VeRAConfig | AdaLoRAConfig  # DyLoRAConfig is the first
 LAYERS = (LoRALinear, LoRAConv1D, LoRAEmbedding)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return {module name: LoRA layer}, in the order of the model."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALayer)
-    }
 
 
 def ends_with(name: str, endings: Sequence[str]) -> bool:

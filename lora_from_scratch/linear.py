@@ -185,6 +185,27 @@ class LoRALayer(nn.Module):
         )
 
 
+def lora_layers(
+    model: nn.Module, kind: type[LoRALayer] = LoRALayer, needed: str = ""
+) -> dict[str, LoRALayer]:
+    """Return {module name: LoRA layer of a kind}, in the order of the model.
+
+    Raises:
+        ValueError: if there is none and ``needed`` says how to get one.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+    }
+    if needed and not layers:
+        name = kind.__name__.removesuffix("Linear")
+        raise ValueError(
+            f"{type(model).__name__} has no {name} layers; call {needed} first"
+        )
+    return layers
+
+
 class LoRALinear(LoRALayer):
     """A frozen ``nn.Linear`` plus a trainable update of rank at most ``r``.
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from lora_from_scratch.inject import lora_layers
+from lora_from_scratch.inject import add_lora, lora_layers
 from lora_from_scratch.train import train
 from lora_from_scratch.variants.adalora import (
     AdaLoRAConfig,
@@ -44,19 +44,14 @@ def one_layer(make, kind, **settings):
 
 def wrap(model, targets, r, lora_alpha):
     """Wrap the targets of ``model``, everything else frozen."""
-    model.requires_grad_(False)
-    found = {
-        n: m
-        for n, m in model.named_modules()
-        if any(n.endswith(t) for t in targets)
-    }
-    for name, module in found.items():
-        parent, _, child = name.rpartition(".")
-        linear = isinstance(module, nn.Linear)
-        kind = AdaLoRALinear if linear else AdaLoRAConv1D
-        layer = kind(module, r, lora_alpha)
-        setattr(model.get_submodule(parent), child, layer)
-    return model
+    config = AdaLoRAConfig(
+        init_r=r,
+        target_r=1,
+        total_step=9,
+        lora_alpha=lora_alpha,
+        target_modules=targets,
+    )
+    return add_lora(model, config)
 
 
 class Stack(nn.Module):

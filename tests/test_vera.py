@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from lora_from_scratch.inject import lora_layers
+from lora_from_scratch.inject import add_lora, lora_layers
 from lora_from_scratch.variants.vera import (
     VeRAConfig,
     VeRAConv1D,
@@ -47,18 +47,8 @@ def one_layer(make, kind, **settings):
 
 def wrap(model, targets, r=R):
     """Wrap the targets of ``model`` with one shared pair."""
-    model.requires_grad_(False)
-    found = {
-        n: m
-        for n, m in model.named_modules()
-        if any(n.endswith(t) for t in targets)
-    }
-    pair = vera_projections(found.values(), r, KEY)
-    for name, module in found.items():
-        parent, _, child = name.rpartition(".")
-        kind = VeRALinear if isinstance(module, nn.Linear) else VeRAConv1D
-        setattr(model.get_submodule(parent), child, kind(module, pair))
-    return model
+    config = VeRAConfig(r, projection_prng_key=KEY, target_modules=targets)
+    return add_lora(model, config)
 
 
 class Stack(nn.Module):

@@ -33,7 +33,12 @@ from lora_from_scratch.config import (
     check_rank,
     check_targets,
 )
-from lora_from_scratch.linear import LoRAConv1D, LoRALayer, LoRALinear
+from lora_from_scratch.linear import (
+    LoRAConv1D,
+    LoRALayer,
+    LoRALinear,
+    lora_layers,
+)
 
 
 def _check_steps(name, value, least):
@@ -206,18 +211,10 @@ class AdaLoRAConv1D(AdaLoRALinear):
         return LoRAConv1D._accepts(base_layer)
 
 
-def _adalora_layers(model):
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AdaLoRALinear)
-    }
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no AdaLoRA layers; call "
-            "add_lora(model, AdaLoRAConfig(...)) first"
-        )
-    return layers
+def _layers(model: nn.Module) -> dict[str, AdaLoRALinear]:
+    return lora_layers(
+        model, AdaLoRALinear, "add_lora(model, AdaLoRAConfig(...))"
+    )
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:
@@ -238,7 +235,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         ValueError: if there is no AdaLoRA layer.
     """
     distances = []
-    for layer in _adalora_layers(model).values():
+    for layer in _layers(model).values():
         A, B = layer.lora_A, layer.lora_B
         for gram in (A @ A.T, B.T @ B):  # (r, r)
             eye = torch.eye(layer.r, dtype=gram.dtype, device=gram.device)
@@ -258,7 +255,7 @@ class RankAllocator:
     """
 
     def __init__(self, model: nn.Module, config: AdaLoRAConfig):
-        self.layers, self.config = _adalora_layers(model), config
+        self.layers, self.config = _layers(model), config
         for name, layer in self.layers.items():
             if layer.r != config.init_r:
                 raise ValueError(

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_from_scratch.config import LoRAConfig
-from lora_from_scratch.linear import LoRAConv1D, LoRALinear
+from lora_from_scratch.linear import LoRAConv1D, LoRALinear, lora_layers
 
 
 @dataclass(frozen=True)
@@ -207,14 +207,6 @@ def cut_rank(model: nn.Module, b: int) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, DyLoRALinear]:
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, DyLoRALinear)
-    }
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no DyLoRA layer; call "
-            "add_lora(model, DyLoRAConfig(...)) first"
-        )
-    return layers
+    return lora_layers(
+        model, DyLoRALinear, "add_lora(model, DyLoRAConfig(...))"
+    )

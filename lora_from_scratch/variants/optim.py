@@ -30,6 +30,7 @@ from lora_from_scratch.linear import (
     LoRAEmbedding,
     LoRALayer,
     LoRALinear,
+    lora_layers,
 )
 
 
@@ -150,9 +151,9 @@ def _projection(layer: LoRALinear) -> Callable[[Tensor], Tensor]:
 
 def _layers(model: nn.Module) -> dict[str, LoRALayer]:
     layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALayer) and hasattr(module, "lora_A")
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if hasattr(layer, "lora_A")
     }
     if not layers:
         raise ValueError(
