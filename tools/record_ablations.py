@@ -19,17 +19,13 @@ choose nothing.
 
 import argparse
 import itertools
-import json
 import math
-import platform
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
-import peft
 import torch
-import transformers
+from recording import RESULTS, Rows, best_rate
 from tasks import KingJames, Topics, old_text
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -62,7 +58,6 @@ from lora_from_scratch.variants.dylora import (
 from lora_from_scratch.variants.optim import freeze_A
 from lora_from_scratch.variants.vera import VeRAConfig
 
-OUT = Path(__file__).parents[1] / "notebooks" / "results"
 RATES = [m * 10**e for e in range(-6, 1) for m in (1, 2, 5)]  # about x 2.15
 SEEDS = [0, 1, 2]
 STEPS, LENGTH, BATCH = 80, 64, 8
@@ -295,80 +290,39 @@ def near(lr):
     return min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / lr)))
 
 
-class Experiment:
-    """Rows of one file: runs what is missing, writes after every run."""
+class Experiment(Rows):
+    """The runs of one file, each a change of BASE."""
 
     def __init__(self, name, folder):
-        self.name = name
-        self.path = folder / f"ablation_{name}.json"
-        self.tasks = Tasks()
-        self.rows = []
-        if self.path.exists():
-            self.rows = json.loads(self.path.read_text("utf-8"))["rows"]
+        tasks = Tasks()
+        super().__init__(
+            folder / f"ablation_{name}.json",
+            lambda setting: run(setting, tasks),
+            {
+                "command": f"python tools/record_ablations.py {name}",
+                "scale": "tiny",
+                "seeds": SEEDS,
+                "precision": "float32",
+            },
+            OUTCOMES,
+            ["cpu_seconds"],
+        )
 
     def row(self, **changes):
         """Return the row of BASE with these changes; train if it is new."""
-        setting = {**BASE, **changes}
-        for row in self.rows:
-            if setting.items() <= row.items():
-                return row
-        row = run(setting, self.tasks)
-        self.rows.append(row)
-        self.write()
-        shown = {k: v for k, v in row.items() if v != BASE.get(k)}
-        print(len(self.rows), shown, flush=True)
-        return row
+        return super().row({**BASE, **changes})
 
-    def tune(self, guess, seeds=SEEDS, **changes):
+    def tune(self, guess, **changes):
         """Find the best learning rate with seed 0, run the other seeds."""
 
-        def loss(i):
-            row = self.row(lr=RATES[i], seed=seeds[0], **changes)
+        def loss(lr):
+            row = self.row(lr=lr, seed=SEEDS[0], **changes)
             return row.get("validation_loss", math.inf)
 
-        i = near(guess)
-        tried = {j: loss(j) for j in (i - 1, i, i + 1)}
-        while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
-            j = best - 1 if best == min(tried) else best + 1
-            if not 0 <= j < len(RATES):
-                break
-            tried[j] = loss(j)
-        for seed in seeds[1:]:
-            self.row(lr=RATES[best], seed=seed, **changes)
-        return RATES[best]
-
-    def write(self):
-        """Write the file whole, or not at all."""
-        made = {
-            "command": f"python tools/record_ablations.py {self.name}",
-            "date": str(date.today()),
-            "hardware": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": peft.__version__,
-            },
-            "scale": "tiny",
-            "seeds": SEEDS,
-            "precision": "float32",
-            "cpu_seconds": round(sum(row["cpu_seconds"] for row in self.rows)),
-        }
-        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
-        text = f'{{\n "made": {json.dumps(made)},\n "rows": [\n  {rows}\n ]\n}}'
-        part = self.path.with_suffix(".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.path)
-
-
-def cpu_name():
-    """Return the processor's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if "model name" in line:
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+        lr = best_rate(RATES, near(guess), loss)
+        for seed in SEEDS[1:]:
+            self.row(lr=lr, seed=seed, **changes)
+        return lr
 
 
 RANKS = [1, 2, 4, 8, 16, 32, 64]
@@ -497,27 +451,16 @@ EXPERIMENTS = {
 }
 
 
-def again(experiment, number):
-    """Train one row once more; exit with 1 if a loss differs."""
-    old = experiment.rows[number]
-    setting = {k: v for k, v in old.items() if k not in OUTCOMES}
-    new = run(setting, experiment.tasks)
-    old, new = ({**row, "cpu_seconds": None} for row in (old, new))
-    print(f"recorded {old}\nnow      {new}")
-    print("the same" if old == new else "DIFFERENT")
-    return old != new
-
-
 def main():
     """Run one experiment, or one row of it again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=list(EXPERIMENTS))
     parser.add_argument("--again", type=int, metavar="ROW")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     experiment = Experiment(args.what, args.out)
     if args.again is not None:
-        sys.exit(again(experiment, args.again))
+        sys.exit(not experiment.again(args.again))
     EXPERIMENTS[args.what](experiment)
 
 

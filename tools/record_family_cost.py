@@ -9,15 +9,11 @@ the median of these ratios and their quartiles. Takes a minute or two.
 """
 
 import json
-import platform
 import statistics
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
-import transformers
-from record_ablations import cpu_name
+from recording import RESULTS, made
 
 from lora_from_scratch.config import LoRAConfig
 from lora_from_scratch.family import (
@@ -29,7 +25,7 @@ from lora_from_scratch.family import (
 from lora_from_scratch.inject import add_lora, merge_lora
 from lora_from_scratch.models import load_base
 
-OUT = Path(__file__).parents[1] / "notebooks" / "results" / "family_cost.json"
+OUT = RESULTS / "family_cost.json"
 ROUNDS, WARM_UP = 30, 3
 METHODS = {
     "prompt": (64, add_prompt),
@@ -112,21 +108,14 @@ def main():
     base.config.use_cache = False
     texts = {n: serve(m.eval()) for n, m in {"base": base, **models}.items()}
     served = measure(texts, "base")
-    made = {
-        "command": "python tools/record_family_cost.py",
-        "date": str(date.today()),
-        "hardware": f"{cpu_name()}, 1 thread",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "scale": "tiny",
-        "rounds": ROUNDS,
-        "cpu_seconds": round(time.process_time() - start),
-    }
+    origin = made(
+        "python tools/record_family_cost.py",
+        "tiny",
+        time.process_time() - start,
+        rounds=ROUNDS,
+    )
     result = {
-        "made": made,
+        "made": origin,
         "sizes": {name: size for name, (size, _) in METHODS.items()},
         "step": {"what": "8 x 64 tokens, relative to full", **trained},
         "serve": {"what": "1 x 64 tokens, relative to base", **served},

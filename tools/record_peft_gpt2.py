@@ -24,25 +24,33 @@ loss comes out the same.
 """
 
 import argparse
-import json
-import platform
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
-from record_ablations import cpu_name
+from recording import RESULTS, Rows, best_rate
 from tasks import KingJames, Mixed, Topics, old_text
 
 from lora_from_scratch.models import load_base
 from lora_from_scratch.train import evaluate, train
 
-PATH = Path(__file__).parents[1] / "notebooks" / "results" / "peft_gpt2.json"
+PATH = RESULTS / "peft_gpt2.json"
+OUTCOMES = {
+    "train_loss",
+    "validation_loss",
+    "test_loss",
+    "test_accuracy",
+    "old_loss",
+    "n_trainable",
+    "memory",
+    "file_bytes",
+    "samples",
+    "step_seconds",
+    "cpu_seconds",
+}
 SEEDS = [0, 1, 2]
 STEPS, SWEEP_STEPS = 30, 15
 BATCH = {"topics": 8, "kjv": 4}
@@ -206,85 +214,47 @@ def samples(model, tokenizer):
     return texts
 
 
-class Record:
-    """Rows of the file: runs what is missing, writes after every run."""
+class Record(Rows):
+    """The runs of the file: sweeps of the rate, and final runs."""
 
     def __init__(self, path):
-        self.path, self.made, self.rows = path, Made(), []
-        if path.exists():
-            self.rows = json.loads(path.read_text("utf-8"))["rows"]
-
-    def row(self, **setting):
-        """Return the row of a setting; train if it is new."""
-        for row in self.rows:
-            if setting.items() <= row.items():
-                return row
-        row = run(setting, self.made)
-        self.rows.append(row)
-        self.write()
-        print(len(self.rows) - 1, row, flush=True)
-        return row
+        tasks = Made()
+        super().__init__(
+            path,
+            lambda setting: run(setting, tasks),
+            {
+                "command": "python tools/record_peft_gpt2.py",
+                "scale": "small",
+                "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+                "seeds": SEEDS,
+                "precision": "bfloat16 autocast, float32 weights",
+                "batch_size": BATCH,
+                "length": LENGTH,
+                "lora": CONFIG,
+            },
+            OUTCOMES,
+            ["cpu_seconds", "step_seconds"],
+        )
 
     def compare(self, task, method, seeds):
         """Find the best rate with seed 0, then train with the seeds."""
         setting = {"task": task, "method": method}
+        short = {"part": "sweep", **setting, "steps": SWEEP_STEPS, "seed": 0}
 
-        def loss(i):
-            row = self.row(
-                part="sweep", **setting, steps=SWEEP_STEPS, lr=RATES[i], seed=0
-            )
-            return row["validation_loss"]
+        def loss(lr):
+            return self.row({**short, "lr": lr})["validation_loss"]
 
-        i = RATES.index(GUESS[method])
-        tried = {j: loss(j) for j in (i, i - 1, i + 1)}
-        while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
-            j = best - 1 if best == min(tried) else best + 1
-            if not 0 <= j < len(RATES):
-                break
-            tried[j] = loss(j)
+        lr = best_rate(RATES, RATES.index(GUESS[method]), loss)
         for seed in seeds:
             self.row(
-                part="final", **setting, steps=STEPS, lr=RATES[best], seed=seed
+                {
+                    "part": "final",
+                    **setting,
+                    "steps": STEPS,
+                    "lr": lr,
+                    "seed": seed,
+                }
             )
-
-    def write(self):
-        """Write the file whole, or not at all."""
-        made = {
-            "command": "python tools/record_peft_gpt2.py",
-            "date": str(date.today()),
-            "hardware": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": peft.__version__,
-            },
-            "scale": "small",
-            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "seeds": SEEDS,
-            "precision": "bfloat16 autocast, float32 weights",
-            "batch_size": BATCH,
-            "length": LENGTH,
-            "lora": CONFIG,
-            "cpu_seconds": round(sum(row["cpu_seconds"] for row in self.rows)),
-        }
-        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
-        text = f'{{\n "made": {json.dumps(made)},\n "rows": [\n  {rows}\n ]\n}}'
-        part = self.path.with_suffix(".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.path)
-
-
-def again(record, number):
-    """Train one row once more; exit with 1 if anything but time differs."""
-    old = record.rows[number]
-    keys = ("part", "task", "method", "steps", "lr", "seed")
-    new = run({k: old[k] for k in keys if k in old}, record.made)
-    times = {"cpu_seconds": None, "step_seconds": None}
-    old, new = ({**row, **times} for row in (old, new))
-    print(f"recorded {old}\nnow      {new}")
-    print("the same" if old == new else "DIFFERENT")
-    return old != new
 
 
 def main():
@@ -295,10 +265,10 @@ def main():
     args = parser.parse_args()
     record = Record(args.out)
     if args.again is not None:
-        sys.exit(again(record, args.again))
+        sys.exit(not record.again(args.again))
     pairs = [(t, m) for t in ("topics", "kjv") for m in ("lora", "full")]
     for task in ("topics", "kjv"):
-        record.row(part="final", task=task, method="base", seed=0)
+        record.row({"part": "final", "task": task, "method": "base", "seed": 0})
     for seeds in (SEEDS[:1], SEEDS[:2], SEEDS):  # one seed of all, then more
         for task, method in pairs:
             record.compare(task, method, seeds)

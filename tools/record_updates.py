@@ -22,14 +22,12 @@ Training runs in bfloat16 autocast over float32 weights.
 
 import argparse
 import json
-import platform
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from recording import RESULTS, made
 from tasks import KingJames, Mixed, Topics
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -46,7 +44,6 @@ from lora_from_scratch.spectrum import (
 )
 from lora_from_scratch.train import train
 
-OUT = Path(__file__).parents[1] / "notebooks" / "results"
 SEED = 0
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128]  # the ranks at which energy is stored
 SNAPSHOTS = [20, 80, 160]
@@ -367,35 +364,11 @@ def subspaces(task, make):
     }
 
 
-def made(args, seconds):
-    """Return how this file was made."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        names = [x.split(":")[1].strip() for x in lines if "model name" in x]
-        cpu = names[0] if names else cpu
-    return {
-        "command": "python tools/record_updates.py " + args.what,
-        "date": str(date.today()),
-        "hardware": f"{cpu}, {torch.get_num_threads()} thread(s)",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "scale": "tiny" if args.what == "tiny" else "small",
-        "seed": SEED if args.what != "subspaces" else LORA_SEEDS,
-        "precision": "bfloat16 autocast, float32 weights",
-        "cpu_seconds": round(seconds),
-    }
-
-
 def main():
     """Run one experiment and write its file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["topics", "kjv", "subspaces", "tiny"])
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     start = time.process_time()
     scale = "tiny" if args.what == "tiny" else "small"
@@ -414,7 +387,14 @@ def main():
         kind = "tiny" if args.what == "tiny" else "full"
         result = updates(task, make, kind)
     seconds = time.process_time() - start
-    result = {"made": made(args, seconds), **result}
+    origin = made(
+        "python tools/record_updates.py " + args.what,
+        scale,
+        seconds,
+        seed=LORA_SEEDS if args.what == "subspaces" else SEED,
+        precision="bfloat16 autocast, float32 weights",
+    )
+    result = {"made": origin, **result}
     path = args.out / f"updates_{args.what}.json"
     path.write_text(as_text(result), encoding="utf-8")
     print(path, path.stat().st_size, "bytes")
