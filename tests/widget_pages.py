@@ -82,6 +82,16 @@ def opened(browser, path, **options):
     page.close()
 
 
+def requests_of(widget):
+    """Return what in a widget's script or style could ask for something."""
+    script = widget._esm.replace("http://www.w3.org/2000/svg", "")
+    calls = ("import", "http:", "https:", "fetch(", "//")
+    styles = ("url(", "@import")
+    return [c for c in calls if c in script] + [
+        c for c in styles if c in widget._css
+    ]
+
+
 def table(widget):
     """Open a widget's table and return its rows, the head first."""
     details = widget.locator("details")

@@ -260,10 +260,9 @@ function render({ model, el }) {
   model.on("change:view", show);
   show();
 
-  const watch = new ResizeObserver(() => chart.fit());
-  watch.observe(chart.svg);
+  const unwatch = watchWidth(chart.svg, chart.fit);
   return () => {
-    watch.disconnect();
+    unwatch();
     model.off("change:view", show);
   };
 }
@@ -459,12 +458,7 @@ function drawRuns(pick) {
   return {
     svg,
     show(now) { shown = now; draw(); },
-    fit() { // text keeps its size: one unit of the drawing is one pixel
-      const now = Math.round(svg.getBoundingClientRect().width);
-      if (now < 160 || now === width) return; // 160: hidden, or not laid out
-      width = now;
-      draw();
-    },
+    fit(now) { width = now; draw(); },
   };
 }
 

@@ -50,6 +50,20 @@ function startWidget(el, name, title) {
   el.addEventListener("keydown", (event) => event.stopPropagation());
 }
 
+// Draws again at the width that a drawing has on the page: text keeps its size
+// because one unit of the drawing is one pixel. Returns what ends it.
+function watchWidth(svg, draw) {
+  let width = 0;
+  const watch = new ResizeObserver(() => {
+    const now = Math.round(svg.getBoundingClientRect().width);
+    if (now < 160 || now === width) return; // 160: hidden, or not laid out
+    width = now;
+    draw(now);
+  });
+  watch.observe(svg);
+  return () => watch.disconnect();
+}
+
 // The text alternative: a table that anyone can open. The first cell of a row
 // is its name. Returned with its rows, so that a widget can mark one.
 function dataTable(summary, caption, head, rows) {

@@ -243,15 +243,9 @@ function render({ model, el }) {
   const changes = keys.map((key) => `change:${key}`);
   changes.forEach((change) => model.on(change, show));
   show();
-  const watch = new ResizeObserver(() => {
-    const now = Math.round(svg.getBoundingClientRect().width);
-    if (now < 160 || now === width) return; // 160: hidden, or not laid out
-    width = now;
-    show();
-  });
-  watch.observe(svg);
+  const unwatch = watchWidth(svg, (now) => { width = now; show(); });
   return () => {
-    watch.disconnect();
+    unwatch();
     changes.forEach((change) => model.off(change, show));
   };
 }

@@ -155,10 +155,9 @@ function render({ model, el }) {
   model.on("change:r", show);
   show();
 
-  const watch = new ResizeObserver(() => chart.fit());
-  watch.observe(chart.svg);
+  const unwatch = watchWidth(chart.svg, chart.fit);
   return () => {
-    watch.disconnect();
+    unwatch();
     model.off("change:r", show);
   };
 }
@@ -224,12 +223,7 @@ function drawChart({ error, maxR, breakEven, stored, size }) {
   return {
     svg,
     show(rank) { r = rank; draw(); },
-    fit() { // text keeps its size: one unit of the drawing is one pixel
-      const now = Math.round(svg.getBoundingClientRect().width);
-      if (now < 160 || now === width) return; // 160: hidden, or not laid out
-      width = now;
-      draw();
-    },
+    fit(now) { width = now; draw(); },
   };
 }
 

@@ -116,10 +116,9 @@ function render({ model, el }) {
   for (const name of traits) model.on(`change:${name}`, show);
   show();
 
-  const watch = new ResizeObserver(() => drawing.fit());
-  watch.observe(drawing.svg);
+  const unwatch = watchWidth(drawing.svg, drawing.fit);
   return () => {
-    watch.disconnect();
+    unwatch();
     for (const name of traits) model.off(`change:${name}`, show);
   };
 }
@@ -232,12 +231,7 @@ function drawLayer() {
   return {
     svg,
     show(now) { shown = now; draw(); },
-    fit() { // text keeps its size: one unit of the drawing is one pixel
-      const now = Math.round(svg.getBoundingClientRect().width);
-      if (now < 160 || now === width) return; // 160: hidden, or not laid out
-      width = now;
-      draw();
-    },
+    fit(now) { width = now; draw(); },
   };
 }
 
