@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import re
 from statistics import fmean
 
 import numpy as np
@@ -20,6 +21,7 @@ from widget_pages import (
 )
 
 from lora_from_scratch.ablations import at_best_rate
+from lora_from_scratch.results import read_results
 from lora_from_scratch.widgets import AblationExplorer
 
 LOSSES = ("train_loss", "validation_loss", "test_loss", "old_loss")
@@ -282,6 +284,78 @@ def test_tuned_in_the_page_is_tuned_in_the_package(page):
         assert (int(row[1]), float(row[2])) == (p["x"], p["rate"])
         assert float(row[3]) == pytest.approx(p["mean"], abs=6e-4)
         assert row[6] == "3"
+
+
+WORDS = {"lr": "learning rate", "r": "rank r"}
+MEASURED = {
+    **{key: key.replace("_", " ") for key in LOSSES[:3]},
+    "old_loss": "loss on old text",
+    "n_trainable": "trainable",
+    "cpu_seconds": "CPU seconds",
+}
+
+
+def by_hand(rows, x, other, option, metric):
+    """Return {(line, x): mean, lowest, highest, seeds} of a menu's option."""
+    runs = {}
+    for row in rows:
+        if option in ("a line each", str(row[other])):
+            line = str(row[other]) if option == "a line each" else "all runs"
+            runs.setdefault((line, row[x]), []).append(row)
+    if option == "tuned":
+        places = {row[x] for row in rows}
+        runs = {("all runs", v): at_best_rate(rows, **{x: v}) for v in places}
+    values = {
+        key: [run[metric] for run in found] for key, found in runs.items()
+    }
+    return {k: [fmean(v), min(v), max(v), len(v)] for k, v in values.items()}
+
+
+@pytest.mark.parametrize(("x", "other"), [("lr", "r"), ("r", "lr")])
+def test_every_option_of_every_menu_shows_the_runs_it_names(
+    browser, tmp_path, x, other
+):
+    rows = read_results("ablation_rank")["rows"]  # lesson 06 shows them
+    path = write_page(tmp_path, AblationExplorer(rows, label="recorded"))
+    with opened(browser, path) as page:
+        widget = page.locator(".lfs")
+
+        def menu(name):
+            return widget.get_by_role("combobox", name=name, exact=True)
+
+        def compare(option, metric):
+            shown = {}
+            for line, at, *_, mean, low, high, n in table(widget)[1:]:
+                line = line.removeprefix(f"{WORDS[other]} ")
+                shown[line.removeprefix("r = "), float(at)] = [
+                    float(cell.replace(",", ""))
+                    for cell in (mean, low, high, n)
+                ]
+            expected = by_hand(rows, x, other, option, metric)
+            digits = {"n_trainable": 0, "cpu_seconds": 1}.get(metric, 3)
+            assert shown.keys() == expected.keys(), option
+            for key, numbers in expected.items():
+                close = pytest.approx(numbers, abs=0.51 * 10**-digits)
+                assert shown[key] == close, (option, metric, key)
+            said = widget.locator("output").inner_text()
+            (best,) = re.findall(f"{MEASURED[metric]} ([0-9.,]+) ", said)
+            lowest = min(mean for mean, *_ in shown.values())
+            assert float(best.replace(",", "")) == lowest, (option, said)
+
+        menu("along the axis").select_option(label=WORDS[x])
+        options = menu(WORDS[other]).locator("option").all_text_contents()
+        values = sorted({row[other] for row in rows})
+        tuned = ["tuned"] if other == "lr" else []
+        assert options == ["a line each", *tuned, *map(str, values)]
+        # By place: "2" is the name of one option and the value of another.
+        for i in reversed(range(len(options))):
+            menu(WORDS[other]).select_option(index=i)
+            compare(options[i], "test_loss")
+        names = menu("measured").locator("option").all_text_contents()
+        assert set(names) == set(MEASURED.values())
+        for metric, name in MEASURED.items():
+            menu("measured").select_option(label=name)
+            compare(options[0], metric)
 
 
 def test_keys_and_buttons_move_from_point_to_point(page):
