@@ -69,7 +69,7 @@ check-colab: $(PACKAGES)  ## run an exercise copy in a bare environment (slow)
 
 # What can change a number. The book's own tools keep their pins.
 LOOSE := torch|numpy|scipy|scikit-learn|transformers|tokenizers|safetensors|$\
-	huggingface_hub|peft|accelerate|matplotlib|pillow|tqdm
+	huggingface_hub|peft|accelerate|bitsandbytes|matplotlib|pillow|tqdm
 
 newest:  ## check with the newest torch, transformers, ... in its own .venv
 	sed -E 's/^($(LOOSE))==.*/\1/' requirements.txt > .newest.txt

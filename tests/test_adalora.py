@@ -495,7 +495,7 @@ def test_an_embedding_is_refused_with_the_reason():
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (nn.Conv1d(D_IN, D_OUT, 1), "cannot wrap a Conv1d"),
+        (nn.Conv1d(D_IN, D_OUT, 1), "cannot wrap Conv1d"),
         (nn.Linear(3, D_OUT), "r must be in 1..3"),
     ],
 )

@@ -339,6 +339,6 @@ def test_it_trains_after_an_evaluation_in_inference_mode():
 
 def test_an_embedding_is_refused_with_the_reason():
     with pytest.raises(
-        ValueError, match="cannot wrap a Embedding: .* an embedding looks rows"
+        ValueError, match="cannot wrap Embedding: .* an embedding looks rows"
     ):
         DoRALinear(nn.Embedding(5, 7), R, ALPHA)

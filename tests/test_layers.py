@@ -12,6 +12,7 @@ import lora_from_scratch
 # A module may import only from layers above its own line.
 LAYERS = [
     {"config", "files", "memory", "spectrum"},
+    {"nf4"},
     {"linear"},
     {"variants"},
     {"inject"},

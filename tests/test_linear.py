@@ -281,7 +281,7 @@ def test_dropout_out_of_range_is_an_error(dropout):
     ],
 )
 def test_another_kind_of_layer_is_an_error(layer, base, name):
-    with pytest.raises(ValueError, match=f"cannot wrap a {name}"):
+    with pytest.raises(ValueError, match=f"cannot wrap {name}"):
         layer(base, r=2, lora_alpha=8)
 
 

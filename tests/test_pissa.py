@@ -168,7 +168,7 @@ def test_quantized_weights_are_refused_with_the_way_out(stored):
         plain.weight.quant_state = object()
     with pytest.raises(ValueError, match="quantize the residual"):
         PiSSALinear(plain, R, ALPHA)
-    with pytest.raises(ValueError, match="cannot wrap a Dropout"):
+    with pytest.raises(ValueError, match="cannot wrap Dropout"):
         PiSSALinear(nn.Dropout(), R, ALPHA)
 
 

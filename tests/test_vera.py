@@ -291,8 +291,8 @@ def test_an_embedding_is_refused_with_the_reason():
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (nn.Conv1d(D_IN, D_OUT, 1), "cannot wrap a Conv1d"),
-        (conv1d(), "cannot wrap a Conv1D"),
+        (nn.Conv1d(D_IN, D_OUT, 1), "cannot wrap Conv1d"),
+        (conv1d(), "cannot wrap Conv1D"),
         (nn.Linear(D_IN + 1, D_OUT), "serve up to 5 inputs and 7 outputs"),
         (nn.Linear(D_IN, D_OUT + 1), "give all layers to vera_projections"),
     ],

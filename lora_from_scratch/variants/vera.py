@@ -168,14 +168,12 @@ class VeRALinear(LoRALayer):
                 "target_modules, or adapt it with LoRA"
             )
         if not self._accepts(base_layer):
-            raise ValueError(
-                f"{kind} cannot wrap a {type(base_layer).__name__}"
-            )
+            raise ValueError(f"{kind} cannot wrap {type(base_layer).__name__}")
         weight = base_layer.weight
         if not weight.is_floating_point():
             raise ValueError(
                 f"{kind} needs floating-point weights, got {weight.dtype}; "
-                "dequantize the base layer first"
+                "call dequantize_model(model) first"
             )
         _check(d_initial, vera_dropout)
         d_out, d_in = _size(base_layer)
