@@ -5,7 +5,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_from_scratch.doctor import examine, gib
-from lora_from_scratch.memory import ARCHITECTURES, nf4_bits, training_ledger
+from lora_from_scratch.memory import (
+    ARCHITECTURES,
+    inference_ledger,
+    nf4_bits,
+    training_ledger,
+)
 from lora_from_scratch.models import describe
 
 app = typer.Typer(
@@ -51,12 +56,14 @@ def memory(
     batch: int = 1,
     tokens: int | None = None,
     checkpointing: bool = False,
+    inference: bool = False,
 ) -> None:
     """Say what a training step of MODEL holds in memory, with AdamW.
 
     TARGETS are name endings, with commas between them. TOKENS are 1,024, or
-    as many as the model has positions. Exit status 2 for a model or a setting
-    that cannot be counted.
+    as many as the model has positions. With --inference, say what generating
+    TOKENS needs instead. Exit status 2 for a model or a setting that cannot
+    be counted.
     """
     lora = dict(r=r, target_modules=targets, checkpointing=checkpointing)
     if targets != "all-linear":
@@ -81,6 +88,11 @@ def memory(
                 a, *setting, **lora, bits_per_parameter=nf4
             ),
         }
+        if inference:
+            columns = {
+                "bf16": inference_ledger(a, *setting, 16),
+                "NF4": inference_ledger(a, *setting, nf4),
+            }
     except ValueError as error:
         Console(stderr=True).print(str(error), highlight=False, markup=False)
         raise typer.Exit(2) from error
@@ -95,7 +107,7 @@ def _ledgers(columns, title) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for items in columns.values():
         items["total"] = sum(items.values())
-    for item in columns["full, bf16"]:
+    for item in next(iter(columns.values())):
         sizes = [items[item] for items in columns.values()]
         if any(sizes):
             table.add_row(item, *(f"{size / 1e9:.3f}" for size in sizes))

@@ -5,19 +5,26 @@ Nothing is loaded: a 70B model costs as little to count as a small one.
     LoRA parameters = r * sum of (d_in + d_out) over the adapted matrices
     training state  = (weights + gradients + master copy + Adam's two moments)
     activations     = b t (n_layers * what a block keeps + what the head keeps)
+    NF4             = n / 2 + a scale per 64 numbers (4 bytes, or 1 and a bit)
+    KV cache        = 2 b t n_layers n_kv_heads head_dim numbers
 
-``training_ledger`` puts every item of one setting together. Each counts
-tensors, and the tests hold each against the tensors of real models. Gradients
-come as activations go, so the items are never all there at once: without
+``training_ledger`` puts every item of one setting together, and
+``inference_ledger`` what generating text needs. Each counts tensors, and the
+tests hold each against the tensors of real models. Gradients come as
+activations go, so the items are never all there at once: without
 checkpointing a step peaks at all items but the gradients, or at its end at
-all but activations and logits.
+all but activations and logits. A quantized base is unpacked one matrix at a
+time, for one product, in the forward pass and again in the backward pass.
 
-Left out are what a block's backward needs for a moment, a quantized matrix
-unpacked for one product, the copies an optimizer makes in its step, dropout's
-masks, and all that is no tensor: the CUDA context, kernel workspaces, what
-the allocator holds in reserve. On a GPU these take a GB or two. On a CPU the
-process of a small model took 350 MB for Python and its libraries before it had
-a model, and 180 MB more than the items' peak in its first steps.
+Left out are what a block's backward needs for a moment, the copies an
+optimizer makes in its step, dropout's masks, and all that is no tensor: the
+CUDA context, kernel workspaces, what the allocator holds in reserve. On a GPU
+these take a GB or two. On a CPU the process of a small model took 350 MB for
+Python and its libraries before it had a model, and 180 MB more than the items'
+peak in its first steps. Other libraries' layers may keep more for backward:
+what LitGPT measured for Llama 2 exceeds the ledger by a tenth in 16 bits, by a
+third in 4, and is met within 3 % with what its layers keep
+(notebooks/results/litgpt_memory.json).
 
 Units are bytes; GB is 10^9 and GiB is 2^30 bytes.
 
@@ -25,7 +32,8 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.2; Rajbhandari et al. 2020,
 arXiv:1910.02054, section 3 (16 bytes per parameter); Dettmers et al. 2023,
 arXiv:2305.14314, section 3 (bits of NF4).
 Taught in: notebooks/01_rank.ipynb, notebooks/04_lora_model.ipynb,
-notebooks/05_peft_gpt2.ipynb
+notebooks/05_peft_gpt2.ipynb, notebooks/10_qlora.ipynb,
+notebooks/11_qlora_7b.ipynb
 """
 
 import math
@@ -138,6 +146,8 @@ _SIZES = {
     "gpt2": ("gpt2", 12, 768, 3072, 12, 12, 64, 50_257, 1024, True),
     "smollm2-135m": ("llama", 30, 576, 1536, 9, 3, 64, 49_152, 0, True),
     "llama-2-7b": ("llama", 32, 4096, 11_008, 32, 32, 128, 32_000),
+    "llama-2-13b": ("llama", 40, 5120, 13_824, 40, 40, 128, 32_000),
+    "llama-2-70b": ("llama", 80, 8192, 28_672, 64, 8, 128, 32_000),
     "mistral-7b": ("llama", 32, 4096, 14_336, 32, 8, 128, 32_000),
     "llama-3-8b": ("llama", 32, 4096, 14_336, 32, 8, 128, 128_256),
     "llama-65b": ("llama", 80, 8192, 22_016, 64, 64, 128, 32_000),
@@ -260,7 +270,8 @@ def nf4_bits(double_quant: bool = True, block_size: int = 64) -> float:
     """Return bits per parameter of NF4, its scales included.
 
     4 bits, and one float32 scale per block; with double quantization the
-    scale has 8 bits and every 256 scales share one float32.
+    scale has 8 bits and every 256 scales share one float32. ``nf4_bytes``
+    counts to the byte.
 
     Raises:
         ValueError: if ``block_size`` is below 1.
@@ -269,6 +280,25 @@ def nf4_bits(double_quant: bool = True, block_size: int = 64) -> float:
     if double_quant:
         return 4 + 8 / block_size + 32 / (block_size * 256)
     return 4 + 32 / block_size
+
+
+def nf4_bytes(n: int, double_quant: bool = True, block_size: int = 64) -> int:
+    """Return the bytes of one matrix of ``n`` numbers in NF4.
+
+    As ``nf4_bits`` says, with what that leaves out: the last block and the
+    last group of 256 scales may be short and cost as much as a full one, and
+    double quantization subtracts the scales' mean, one float32 per matrix.
+    The tables of levels, the same for every matrix, are left out.
+
+    Raises:
+        ValueError: if ``n`` or ``block_size`` is below 1.
+    """
+    _at_least_one("n", n)
+    _at_least_one("block_size", block_size)
+    codes, scales = -(-n // 2), -(-n // block_size)
+    if double_quant:
+        return codes + scales + 4 * -(-scales // 256) + 4
+    return codes + 4 * scales
 
 
 def weight_bytes(
@@ -502,6 +532,7 @@ def training_ledger(
     use_dora: bool = False,
     upcast: bool = False,
     safety_copy: bool = False,
+    rest_bits: float | None = None,
 ) -> dict[str, float]:
     """Return {item: bytes} of one training step; the same items always.
 
@@ -513,30 +544,38 @@ def training_ledger(
         target_modules: as in ``n_lora_parameters``.
         recipe: of the trained numbers, a key of ``RECIPES``.
         bits_per_parameter: of the frozen base model's linear layers, as in
-            ``weight_bytes``: 32, 16, ``nf4_bits()``. Activations have 32 bits
-            over a base of 32, else 16. Without effect if r is None.
+            ``weight_bytes``: 32, 16, ``nf4_bits()``. Below 16, the largest
+            of them is unpacked for a moment. Without effect if r is None.
         checkpointing: as in ``activation_bytes``.
         use_dora: DoRA instead of LoRA.
         upcast: as in ``activation_bytes``.
         safety_copy: count the copy of the trained numbers that this
             package's ``train`` keeps for the case of a NaN.
+        rest_bits: of the frozen base model's other weights, as in
+            ``weight_bytes``. The activations have 32 bits if these have, else
+            16: 32 after PEFT's ``prepare_model_for_kbit_training``, or over
+            NF4 in a model that is float32. Without effect if r is None.
 
     Raises:
         ValueError: as in the functions for the single items.
     """
+    if rest_bits is None:
+        rest_bits = max(16, bits_per_parameter)
     if r is None:
         n, frozen = architecture.n_parameters, 0
     else:
         n = n_lora_parameters(architecture, r, target_modules, use_dora)
-        frozen = weight_bytes(architecture, bits_per_parameter)
+        frozen = weight_bytes(architecture, bits_per_parameter, rest_bits)
     state = state_bytes(n, recipe)
     trained = state.pop("weights")
-    whole = trained == 4 * n if r is None else bits_per_parameter >= 32
+    whole = trained == 4 * n if r is None else rest_bits >= 32
+    size = 4 if whole else 2
+    quantized = r is not None and bits_per_parameter < 16
     activations = activation_bytes(
         architecture,
         batch,
         tokens,
-        4 if whole else 2,
+        size,
         checkpointing,
         r,
         target_modules,
@@ -550,6 +589,37 @@ def training_ledger(
         "safety copy": safety_copy * trained,
         "activations": activations,
         "logits": logits_bytes(architecture, batch, tokens),
+        "unpacked matrix": quantized * size * _largest_matrix(architecture),
+    }
+
+
+def inference_ledger(
+    architecture: Architecture,
+    batch: int,
+    tokens: int,
+    bits_per_parameter: float = 16,
+) -> dict[str, float]:
+    """Return {item: bytes} of generating text; the same items always.
+
+    Activations are left out: of one token at a time, they are small. A long
+    prompt, read at once, needs more.
+
+    Args:
+        architecture: the model.
+        batch: sequences b.
+        tokens: of a sequence, the prompt and all that is generated.
+        bits_per_parameter: of the linear layers, as in ``weight_bytes``;
+            the cache has 32 bits over weights of 32, else 16.
+
+    Raises:
+        ValueError: as in ``weight_bytes`` and ``kv_cache_bytes``.
+    """
+    size = 4 if bits_per_parameter >= 32 else 2
+    quantized = bits_per_parameter < 16
+    return {
+        "weights": weight_bytes(architecture, bits_per_parameter),
+        "KV cache": kv_cache_bytes(architecture, batch, tokens, size),
+        "unpacked matrix": quantized * size * _largest_matrix(architecture),
     }
 
 
@@ -573,6 +643,11 @@ def kv_cache_bytes(
     width = architecture.n_kv_heads * architecture.head_dim
     per_token = 2 * architecture.n_layers * width * bytes_per_number
     return batch * tokens * per_token
+
+
+def _largest_matrix(architecture: Architecture) -> int:
+    """Return the numbers of the largest linear layer of a block."""
+    return max(x.d_in * x.d_out for x in architecture.linears)
 
 
 def _adapted(

@@ -3,9 +3,15 @@
 import math
 from dataclasses import replace
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,16 +30,20 @@ from lora_from_scratch.memory import (
     Architecture,
     activation_bytes,
     from_config,
+    inference_ledger,
     kv_cache_bytes,
     logits_bytes,
     lora_training_bytes,
     n_lora_parameters,
     nf4_bits,
+    nf4_bytes,
     state_bytes,
     training_bytes,
     training_ledger,
     weight_bytes,
 )
+from lora_from_scratch.nf4 import NF4Linear, quantize_model, quantize_nf4
+from lora_from_scratch.results import read_results
 
 # PEFT's own advice about Conv1D and its use of a deprecated name
 pytestmark = [
@@ -100,6 +110,8 @@ def tiny():
         ("gpt2", 124_439_808),
         ("smollm2-135m", 134_515_008),
         ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
         ("mistral-7b", 7_241_732_096),
         ("llama-3-8b", 8_030_261_248),
         ("llama-65b", 65_285_660_672),
@@ -124,6 +136,8 @@ def test_parameters_of_known_models(name, total):
         ("mistral-7b", "all-linear", 8, 20_971_520),
         ("llama-3-8b", "all-linear", 16, 41_943_040),
         ("llama-65b", "all-linear", 64, 799_539_200),
+        ("llama-2-13b", QV, 8, 6_553_600),
+        ("llama-2-70b", "all-linear", 16, 207_093_760),
         ("llama-3-70b", "all-linear", 8, 103_546_880),
     ],
 )
@@ -236,20 +250,45 @@ def test_nf4_bits_with_and_without_double_quantization():
 
 
 @pytest.mark.parametrize(
-    ("name", "gigabytes", "without"),
-    [  # block linears in NF4, the rest in 16 bits
-        ("llama-2-7b", 3.87, 4.17),
-        ("mistral-7b", 4.13, 4.45),
-        ("llama-3-8b", 5.70, 6.03),
-        ("llama-65b", 34.46, 37.48),
-        ("llama-3-70b", 39.52, 42.71),
+    ("name", "linears", "rest", "total", "plain", "saved"),
+    [  # GB: block linears in NF4, the rest in 16 bits; then in 4.5 bits
+        ("llama-2-7b", 3.34, 0.52, 3.87, 4.17, 0.30),
+        ("mistral-7b", 3.60, 0.52, 4.13, 4.45, 0.33),
+        ("llama-3-8b", 3.60, 2.10, 5.70, 6.03, 0.33),
+        ("llama-65b", 33.41, 1.05, 34.46, 37.48, 3.02),
+        ("llama-2-70b", 35.31, 1.05, 36.36, 39.55, 3.19),
+        ("llama-3-70b", 35.31, 4.21, 39.52, 42.71, 3.19),
     ],
 )
-def test_weights_in_nf4(name, gigabytes, without):
-    architecture = ARCHITECTURES[name]
-    size = weight_bytes(architecture, nf4_bits()) / 1e9
-    plain = weight_bytes(architecture, nf4_bits(double_quant=False)) / 1e9
-    assert (round(size, 2), round(plain, 2)) == (gigabytes, without)
+def test_weights_in_nf4(name, linears, rest, total, plain, saved):
+    a = ARCHITECTURES[name]
+    whole = weight_bytes(a, nf4_bits())
+    other = 2 * (a.n_parameters - a.n_linear_parameters)
+    without = weight_bytes(a, nf4_bits(double_quant=False))
+    sizes = (whole - other, other, whole, without, without - whole)
+    found = tuple(round(size / 1e9, 2) for size in sizes)
+    assert found == (linears, rest, total, plain, saved)
+
+
+@pytest.mark.parametrize(
+    ("n", "block_size", "plain", "double"),
+    [  # codes, scales; then codes, scales, scales of scales, their mean
+        (16_384, 64, 8192 + 4 * 256, 8192 + 256 + 4 + 4),
+        (16_385, 64, 8193 + 4 * 257, 8193 + 257 + 8 + 4),
+        (331_776, 64, 165_888 + 4 * 5184, 165_888 + 5184 + 4 * 21 + 4),
+        (100, 32, 50 + 4 * 4, 50 + 4 + 4 + 4),
+        (1, 64, 1 + 4, 1 + 1 + 4 + 4),
+    ],
+)
+def test_bytes_of_a_matrix_in_nf4(n, block_size, plain, double):
+    assert nf4_bytes(n, False, block_size) == plain
+    assert nf4_bytes(n, True, block_size) == double
+    weight = torch.linspace(-1, 1, n)
+    for double_quant, size in ((False, plain), (True, double)):
+        found = quantize_nf4(weight, block_size, double_quant).nbytes
+        assert found == size
+    if n >= 331_776:  # large enough for the round number
+        assert 8 * double / n == pytest.approx(nf4_bits(), rel=1e-4)
 
 
 def test_weights_in_32_bits_are_all_in_32_bits():
@@ -300,6 +339,7 @@ def measured(model, batch, tokens):
         for k in ("exp_avg", "exp_avg_sq")
     ]
     frozen = [p for p in parameters if not p.requires_grad]
+    frozen += [x.weight for x in model.modules() if isinstance(x, NF4Linear)]
     items = {
         "frozen weights": frozen,
         "trained weights": trained,
@@ -416,10 +456,13 @@ def live_bytes(function):
 
 
 @CONFIGS
-@pytest.mark.parametrize("r", [None, 5], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_stays_and_what_peaks_in_a_real_step(config, r, checkpointing):
+def test_what_stays_and_what_peaks_in_a_real_step(config, kind, checkpointing):
     shape, model = from_config(config), build(config, "cpu").train()
+    r = None if kind == "full" else 5
+    if kind == "qlora":
+        quantize_model(model)
     if r:
         model = add_lora(model, LoRAConfig(r=r))
     if checkpointing:
@@ -451,6 +494,215 @@ def test_what_stays_and_what_peaks_in_a_real_step(config, r, checkpointing):
     else:
         assert stays == pytest.approx(kept, rel=0.01)
         assert most == pytest.approx(kept + momentary, rel=0.02)
+
+
+def smollm(**changes):
+    """Return a config of SmolLM2-135M's widths, not its length or words."""
+    a = ARCHITECTURES["smollm2-135m"]
+    sizes = dict(
+        hidden_size=a.d_model,
+        intermediate_size=a.d_ff,
+        num_hidden_layers=2,
+        num_attention_heads=a.n_heads,
+        num_key_value_heads=a.n_kv_heads,
+        tie_word_embeddings=a.tied,
+    )
+    return llama(**{**sizes, **changes})
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("config", "double_quant"),
+    [(tiny(), True), (llama(), False), (smollm(), True)],
+    ids=["gpt2", "llama", "smollm"],
+)
+def test_every_item_of_qlora_is_what_is_measured(config, double_quant, dtype):
+    model = quantize_model(build(config, "cpu").to(dtype), 64, double_quant)
+    found = measured(add_lora(model, LoRAConfig(r=5)), 5, 33)
+    shape, rest_bits = from_config(config), 8 * dtype.itemsize
+    ledger = training_ledger(
+        shape,
+        5,
+        33,
+        5,
+        bits_per_parameter=nf4_bits(double_quant),
+        rest_bits=rest_bits,
+    )
+    for item in ("trained weights", "gradients"):
+        assert found[item] == ledger[item] == 4 * n_lora_parameters(shape, 5)
+    exact = shape.n_layers * sum(
+        nf4_bytes(x.d_in * x.d_out, double_quant) for x in shape.linears
+    )
+    rest = shape.n_parameters - shape.n_linear_parameters
+    assert found["frozen weights"] == exact + rest * dtype.itemsize
+    agree(ledger, found)
+
+
+@DTYPES
+@CONFIGS
+def test_qlora_with_checkpointing_keeps_the_inputs_of_blocks(config, dtype):
+    model = quantize_model(build(config, "cpu").to(dtype))
+    model = add_lora(model, LoRAConfig(r=5)).train()
+    model.activation_checkpointing_enable()
+    shape, size = from_config(config), dtype.itemsize
+    kept = activation_bytes(shape, 5, 33, size, True, 5)
+    three, four = (  # without the block that backward computes again
+        activation_bytes(replace(shape, n_layers=n), 5, 33, size, r=5)
+        for n in (3, 4)
+    )
+    again = four - three
+    if shape.kind == "gpt2":  # checkpointing switches the cache off
+        again -= 5 * 33 * size * 2 * shape.d_model
+    found = saved_bytes(model, 5, 33)
+    assert kept - again == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_rest_bits_are_32_after_peft_prepares_a_4_bit_model(prepared):
+    config = llama()
+    model = build(config, "cpu").to(torch.bfloat16)
+    for name, layer in list(model.named_modules()):
+        if name.endswith("_proj"):
+            new = bnb.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+            new.load_state_dict(layer.state_dict())
+            model.set_submodule(name, new.to("cpu"))
+    model.is_loaded_in_4bit = True
+    if prepared:
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    rest = sum(
+        p.nbytes for n, p in model.named_parameters() if "_proj" not in n
+    )
+    model = get_peft_model(model, LoraConfig(r=5, target_modules=QKVO))
+    found = measured(model, 5, 33)
+    shape, bits = from_config(config), 32 if prepared else 16
+    ledger = training_ledger(
+        shape,
+        5,
+        33,
+        5,
+        QKVO,
+        bits_per_parameter=nf4_bits(),
+        rest_bits=bits,
+        upcast=not prepared,
+    )
+    del found["frozen weights"]  # bitsandbytes' scales are no parameters
+    agree(ledger, found)
+    in_nf4 = shape.n_linear_parameters * nf4_bits() / 8
+    assert ledger["frozen weights"] == pytest.approx(in_nf4 + rest, rel=1e-9)
+
+
+@DTYPES
+def test_one_matrix_at_a_time_is_unpacked(dtype):
+    linear = torch.nn.Linear(2048, 3072, bias=False)
+    layer = NF4Linear.from_linear(linear)
+    x = torch.ones(2, 2048, dtype=dtype, requires_grad=True)
+    y, stays, forward = live_bytes(lambda: layer(x))
+    _, _, backward = live_bytes(y.sum().backward)
+    assert stays == y.nbytes
+    shape = Architecture("x", "llama", 3, 2048, 3072, 4, 2, 512, 99)
+    bits = 8 * dtype.itemsize
+    nf4, plain = (
+        training_ledger(shape, 1, 2, 4, bits_per_parameter=bpp, rest_bits=bits)
+        for bpp in (nf4_bits(), 16)
+    )
+    assert plain["unpacked matrix"] == 0
+    expected = nf4["unpacked matrix"]
+    assert expected == 2048 * 3072 * dtype.itemsize
+    for most in (forward, backward):  # chunks take 5 MB, whatever the size
+        assert expected < most < expected + 6e6
+
+
+def test_inference_needs_weights_and_a_cache():
+    config = smollm(vocab_size=500)
+    model = quantize_model(build(config, "cpu").to(torch.bfloat16))
+    cache = model(torch.ones(3, 7).long()).past_key_values
+    found = {
+        "weights": sum(p.nbytes for p in model.parameters())
+        + sum(
+            x.weight.nbytes for x in model.modules() if isinstance(x, NF4Linear)
+        ),
+        "KV cache": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers),
+    }
+    shape = from_config(config)
+    ledger = inference_ledger(shape, 3, 7, nf4_bits())
+    agree(ledger, found, share=1e-3)
+    assert ledger["unpacked matrix"] == 2 * 576 * 1536
+    plain = inference_ledger(shape, 3, 7, 32)
+    assert plain == {
+        "weights": 4 * shape.n_parameters,
+        "KV cache": 2 * found["KV cache"],
+        "unpacked matrix": 0,
+    }
+
+
+LITGPT = read_results("litgpt_memory")
+
+
+def litgpt_keeps(row):
+    """Bytes that litgpt's layers keep and ``activation_bytes`` leaves out."""
+    a = ARCHITECTURES[row["architecture"]]
+    per_token = a.n_layers * sum(
+        x["d_model"] * a.d_model + x["d_ff"] * a.d_ff
+        for x in LITGPT["beside"]["rows"]
+        if row["quantize"] or not x["quantized"]
+    )
+    return row["batch"] * LITGPT["training"]["tokens"] * per_token
+
+
+@pytest.mark.parametrize(
+    "row",
+    LITGPT["rows"],
+    ids=lambda r: f"{r['task']}-{r['architecture']}-{r['quantize']}",
+)
+def test_what_litgpt_measured_is_predicted(row):
+    """Quoted, not measured here: see ``source`` in the file.
+
+    Training: r=8 on queries and values, bfloat16 all through, 1,304 tokens
+    (the longest example of Alpaca), no checkpointing. 3 % with what litgpt's
+    own layers keep; without it the ledger is low, by 10 % in 16 bits and 26 %
+    in 4. Inference: 1 % in 16 bits, 7 % in 4.
+    """
+    a, setting = ARCHITECTURES[row["architecture"]], LITGPT[row["task"]]
+    bits = {None: 16, "nf4": nf4_bits(False), "nf4-dq": nf4_bits()}
+    bits = bits[row["quantize"]]
+    if row["task"] == "inference":
+        ledger = inference_ledger(a, row["batch"], setting["tokens"], bits)
+        tolerance, low = 0.07 if row["quantize"] else 0.01, None
+    else:
+        ledger = training_ledger(
+            a,
+            row["batch"],
+            setting["tokens"],
+            setting["r"],
+            setting["target_modules"],
+            setting["recipe"],
+            bits,
+            setting["checkpointing"],
+        )
+        tolerance, low = 0.03, 0.26 if row["quantize"] else 0.10
+        ledger["weights"] = ledger["frozen weights"]
+    total = sum(v for k, v in ledger.items() if k != "frozen weights")
+    measured = 1e9 * row["gb"]
+    assert ledger["weights"] == weight_bytes(a, bits) < measured
+    if low:
+        assert measured * (1 - low) < total < measured
+        total += litgpt_keeps(row)
+    assert total == pytest.approx(measured, rel=tolerance)
+
+
+def test_the_settings_quoted_from_litgpt_are_its_own():
+    assert LITGPT["quoted"] and LITGPT["citation"] == "lightning2023litgpt"
+    n = [  # the source counts the trained parameters
+        n_lora_parameters(ARCHITECTURES[name], 8, QV)
+        for name in ("llama-2-7b", "llama-2-13b")
+    ]
+    assert n == [4_194_304, 6_553_600]
 
 
 def test_the_safety_copy_of_train_is_one_more_of_what_is_trained():
@@ -556,6 +808,11 @@ def test_the_command_line_prints_three_ledgers():
         dict(r=16, target_modules=QV, bits_per_parameter=nf4_bits()),
     ):
         total = sum(training_ledger(LLAMA_2, 1, 100, **settings).values())
+        assert f"{total / 1e9:.3f}" in result.output
+    result = CliRunner().invoke(app, [*command.split(), "--inference"])
+    assert result.exit_code == 0 and "KV cache" in result.output
+    for bits in (16, nf4_bits()):
+        total = sum(inference_ledger(LLAMA_2, 1, 100, bits).values())
         assert f"{total / 1e9:.3f}" in result.output
     wrong = CliRunner().invoke(app, ["memory", "gpt5"])
     assert wrong.exit_code == 2 and "llama-2-7b" in wrong.output

@@ -27,12 +27,13 @@ from lora_from_scratch.memory import (
     training_ledger,
 )
 from lora_from_scratch.widgets import MemoryCalculator
-from lora_from_scratch.widgets.memory_calculator import CHOICES
+from lora_from_scratch.widgets.memory_calculator import CHOICES, _targets
 
 CALCULATOR = MemoryCalculator()
 QLORA = MemoryCalculator(
     "gpt2", method="qlora", r=16, targets="qv", batch=4, tokens=512
 )
+MEASURED = dict(r=8, targets="qv", tokens=1304)  # LitGPT's settings
 
 
 def gb(items):
@@ -66,6 +67,10 @@ def changed(**settings):
             ),
         ),
         (
+            dict(method="qlora", double_quant=False),
+            dict(r=8, bits_per_parameter=4.5),
+        ),
+        (
             dict(precision="fp32", targets="mlp", optimizer="adam8"),
             dict(
                 r=8,
@@ -85,18 +90,16 @@ def test_a_setting_is_one_call_of_the_package(settings, expected):
 
 
 def test_targets_are_named_as_the_architecture_names_them():
-    models = CALCULATOR.models
-    assert models["mistral-7b"]["targets"]["attention"] == [
-        f"self_attn.{x}_proj" for x in "qkvo"
-    ]
-    gpt2 = models["gpt2"]["targets"]
+    mistral = _targets(ARCHITECTURES["mistral-7b"])
+    assert mistral["attention"] == [f"self_attn.{x}_proj" for x in "qkvo"]
+    gpt2 = _targets(ARCHITECTURES["gpt2"])
     assert gpt2["qv"] == ["attn.c_attn"]
     assert gpt2["attention"] == ["attn.c_attn", "attn.c_proj"]
     assert gpt2["mlp"] == ["mlp.c_fc", "mlp.c_proj"]
-    for name, a in ARCHITECTURES.items():
-        for targets in models[name]["targets"].values():
+    for a in ARCHITECTURES.values():
+        for targets in _targets(a).values():
             assert n_lora_parameters(a, 1, targets) > 0
-        assert len(models[name]["targets"]["all"]) == len(a.linears)
+        assert len(_targets(a)["all"]) == len(a.linears)
 
 
 def test_no_more_tokens_than_the_model_has_positions():
@@ -126,7 +129,45 @@ def test_only_sizes_are_in_the_state():
         if m["model_module"] == "anywidget"
     ]
     own = {k for k in model if not k.startswith(("_", "layout", "tab", "tool"))}
-    assert own == {*CHOICES, "models", "steps"}
+    assert own == {*CHOICES, "models", "steps", "gpus", "measured"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "gb", "beside"),
+    [
+        ("llama-2-7b", dict(), 21.30, 9 * 4096),
+        ("llama-2-7b", dict(batch=2), 29.07, 2 * 9 * 4096),
+        (
+            "llama-2-7b",
+            dict(method="qlora", double_quant=False),
+            14.14,
+            13 * 4096 + 2 * 11_008,
+        ),
+        (
+            "llama-2-13b",
+            dict(method="qlora", memory_gb=40),
+            22.55,
+            13 * 5120 + 2 * 13_824,
+        ),
+    ],
+)
+def test_at_the_settings_of_litgpt_its_number_stands_beside(
+    architecture, settings, gb, beside
+):
+    widget = MemoryCalculator(architecture, **MEASURED, **settings)
+    run = widget.measurement()
+    kept = ARCHITECTURES[architecture].n_layers * 1304 * beside / 1e9
+    assert (run["gb"], run["beside_gb"]) == (gb, pytest.approx(kept))
+    total = sum(widget.ledger().values()) / 1e9
+    assert total + kept == pytest.approx(gb, rel=0.03)
+    assert f"LitGPT measured {gb:.2f} GB" in widget.alt()
+    picture = widget._repr_mimebundle_()[0]["image/png"]
+    for name, value in {"r": 16, "checkpointing": True, "batch": 4}.items():
+        other = MemoryCalculator(
+            architecture, **{**MEASURED, **settings, name: value}
+        )
+        assert other.measurement() is None and "LitGPT" not in other.alt()
+        assert other._repr_mimebundle_()[0]["image/png"] != picture
 
 
 def test_where_no_script_runs_there_is_a_picture_with_its_text():
@@ -155,7 +196,7 @@ def test_the_script_asks_for_nothing():
 def test_a_wrong_choice_is_named_with_the_right_ones(name):
     with pytest.raises(ValueError, match=f"{name} must be one of .* got 'x'"):
         MemoryCalculator(**{name: "x"})
-    if name != "checkpointing":
+    if name not in ("checkpointing", "double_quant"):
         with pytest.raises(traitlets.TraitError, match=f"'?{name}'? trait"):
             setattr(MemoryCalculator(), name, "x")
 
@@ -172,6 +213,7 @@ def path(tmp_path_factory):
 def test_the_formulas_of_the_page_are_those_of_the_package(page):
     draw = random.Random(0)
     grid = ("architecture", "method", "targets", "precision", "checkpointing")
+    grid += ("double_quant",)
     settings = []
     for values in product(*(CHOICES[name] for name in grid)):
         rest = {k: draw.choice(v) for k, v in CHOICES.items()}
@@ -184,7 +226,7 @@ def test_the_formulas_of_the_page_are_those_of_the_package(page):
         }""",
         [CALCULATOR._esm, CALCULATOR.models, settings],
     )
-    assert len(found) == len(settings) == 384
+    assert len(found) == len(settings) == 10 * 3 * 4 * 2 * 2 * 2
     widget = MemoryCalculator()
     for setting, items in zip(settings, found, strict=True):
         for name, value in setting.items():
@@ -209,7 +251,8 @@ def test_the_sentence_says_what_it_takes_and_whether_it_fits(page):
     assert f"Fits in 24 GB: no, {total - 24:.2f} GB are missing." in (
         widget.locator("output").inner_text()
     )
-    widget.get_by_label("memory of the GPU").select_option("192")
+    gpu = widget.get_by_label("GPU", exact=True)
+    gpu.select_option(label="192 GB: MI300X")
     assert "Fits in 192 GB: yes" in widget.locator("output").inner_text()
 
 
@@ -233,7 +276,8 @@ def test_the_table_and_the_bars_hold_the_ledger(page):
     assert len(bars) == len(rows)
     start, width = bars[-1]
     for (x, w), size in zip(bars, items.values(), strict=False):
-        assert w == pytest.approx(max(1, width * size / total), rel=0.01)
+        least = 1 if size else 0
+        assert w == pytest.approx(max(least, width * size / total), rel=0.01)
         assert x >= start - 1e-6
         assert x + w <= bars[-1][0] + width + 1
 
@@ -242,7 +286,9 @@ def test_keys_alone_reach_every_control(page):
     widget = page.locator(".lfs").first
     said = widget.locator("output")
     controls = widget.locator("select, input").all()
-    assert len(controls) == len(CHOICES)
+    # double quantization is a choice of base weights, and all settings of a
+    # measured run are one menu
+    assert len(controls) == len(CHOICES) - 1 + 1
     table(widget)  # opens it
     controls[0].focus()
     for control in controls:
@@ -269,11 +315,13 @@ def test_keys_alone_reach_every_control(page):
 def test_nf4_and_qlora_are_one_choice_and_full_has_no_rank(page):
     widget = page.locator(".lfs").first
     method, base = (widget.get_by_label(x) for x in ("method", "base weights"))
-    base.select_option("nf4")
-    assert method.input_value() == "qlora"
-    total = gb(changed(method="qlora"))
-    text = widget.locator("output").inner_text()
-    assert f", gate_proj, up_proj, down_proj: {total:.2f} GB for" in text
+    for value, double_quant in (("dq", True), ("nf4", False)):
+        base.select_option(value)
+        assert method.input_value() == "qlora"
+        assert base.input_value() == value
+        total = gb(changed(method="qlora", double_quant=double_quant))
+        text = widget.locator("output").inner_text()
+        assert f", gate_proj, up_proj, down_proj: {total:.2f} GB for" in text
     base.select_option("fp32")
     assert method.input_value() == "lora"
     method.select_option("qlora")
@@ -282,6 +330,35 @@ def test_nf4_and_qlora_are_one_choice_and_full_has_no_rank(page):
     assert base.input_value() == "fp32"
     assert widget.get_by_label("rank r").is_disabled()
     assert widget.get_by_label("adapted layers").is_disabled()
+
+
+def test_a_measured_run_sets_its_settings_and_adds_a_dot(page):
+    widget = page.locator(".lfs").first
+    menu = widget.get_by_label("a measured run")
+    said, dot = widget.locator("output"), widget.locator("circle")
+    assert menu.input_value() == "choose one" and dot.count() == 0
+    seen = []
+    for run in CALCULATOR.measured:
+        menu.select_option(index=1 + len(seen))
+        total = gb(changed(**run["when"]))
+        text = said.inner_text()
+        assert f" {total:.2f} GB for {run['when']['batch']} × 1,304" in text
+        assert f"LitGPT measured {run['gb']:.2f} GB (circle); its" in text
+        assert f" {run['beside_gb']:.2f} GB more for backward" in text
+        assert f"LitGPT, {run['gb']:.2f} GB." in widget.locator(
+            "svg"
+        ).get_attribute("aria-label")
+        bar = widget.locator("svg rect").last.evaluate(
+            "b => [b.x.baseVal.value, b.width.baseVal.value]"
+        )
+        x = dot.evaluate("c => c.cx.baseVal.value")
+        assert (x - bar[0]) / bar[1] == pytest.approx(run["gb"] / total, 0.001)
+        seen.append(menu.input_value())
+    assert len(set(seen)) == 7
+    assert "llama-2-7b, NF4, double quant." in seen
+    widget.get_by_label("gradient checkpointing").check()
+    assert menu.input_value() == "choose one" and dot.count() == 0
+    assert "LitGPT" not in said.inner_text()
 
 
 def test_tokens_stop_at_the_positions_of_the_model(page):

@@ -1,10 +1,12 @@
-"""The bytes of one training step, item by item, under menus and sliders.
+"""Will it fit? The bytes of one training step under menus and sliders.
 
 The formulas are those of ``lora_from_scratch.memory``, written a second time
 in the script, so that the widget works on a page with no kernel; a test
-evaluates both on a grid of settings. The page holds the models' sizes only.
-Source: see ``lora_from_scratch/memory.py``.
-Taught in: notebooks/05_peft_gpt2.ipynb
+evaluates both on a grid of settings. The page holds the models' sizes, and
+what LitGPT measured: at exactly its settings a dot stands beside the bars.
+Source: see ``lora_from_scratch/memory.py``; Lightning AI 2023, LitGPT,
+tutorials/resource-tables.md (the measured runs).
+Taught in: notebooks/05_peft_gpt2.ipynb, notebooks/11_qlora_7b.ipynb
 """
 
 import traitlets
@@ -16,8 +18,21 @@ from lora_from_scratch.memory import (
     nf4_bits,
     training_ledger,
 )
+from lora_from_scratch.results import read_results
 from lora_from_scratch.widgets.base import StaticWidget, asset
 
+GPUS = {  # GB of memory: cards that have it
+    8: "RTX 3070, 4060",
+    12: "RTX 3060, 4070",
+    16: "T4, RTX 4080",
+    24: "RTX 3090, 4090, L4",
+    32: "V100, RTX 5090",
+    40: "A100",
+    48: "A6000, L40S",
+    80: "A100, H100",
+    141: "H200",
+    192: "MI300X",
+}
 CHOICES = {
     "architecture": tuple(ARCHITECTURES),
     "method": ("full", "lora", "qlora"),
@@ -26,21 +41,22 @@ CHOICES = {
     "optimizer": ("adamw", "adam8", "sgd"),
     "r": (1, 2, 4, 8, 16, 32, 64, 128),
     "batch": (1, 2, 4, 8, 16, 32, 64),
-    "tokens": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    "tokens": (64, 128, 256, 512, 1024, 1304, 2048, 4096, 8192),
     "checkpointing": (False, True),
-    "memory_gb": (8, 12, 16, 24, 32, 40, 48, 80, 141, 192),
+    "double_quant": (False, True),
+    "memory_gb": tuple(GPUS),
 }
-SLIDERS = ("r", "batch", "tokens", "memory_gb")
+SLIDERS = ("r", "batch", "tokens")
 RECIPES = {"adamw": "", "adam8": "-adam8", "sgd": "-sgd"}
 
 
 class MemoryCalculator(StaticWidget):
     """Say what one training step of a model holds in memory.
 
-    QLoRA is LoRA over a base in NF4 with double quantization, so that
-    ``precision`` says the precision of the base for the other methods only.
-    Adapters are trained in float32. A model with fewer learned positions than
-    ``tokens`` is trained on as many tokens as it has positions.
+    QLoRA is LoRA over a base in NF4, so that ``precision`` says the precision
+    of the base for the other methods only. Adapters are trained in float32. A
+    model with fewer learned positions than ``tokens`` is trained on as many
+    tokens as it has positions.
 
     Args:
         architecture: a key of ``memory.ARCHITECTURES``.
@@ -51,8 +67,10 @@ class MemoryCalculator(StaticWidget):
         precision: "fp32" or "bf16".
         optimizer: "adamw" (float32 moments), "adam8" (8-bit) or "sgd".
         batch: sequences, a power of two up to 64.
-        tokens: of a sequence, a power of two from 64 to 8192.
+        tokens: of a sequence, a power of two from 64 to 8192, or 1304, which
+            is what LitGPT measured with.
         checkpointing: gradient checkpointing.
+        double_quant: QLoRA's scales in 8 bits; without effect otherwise.
         memory_gb: what the GPU has, a size in ``CHOICES``.
 
     Raises:
@@ -64,6 +82,8 @@ class MemoryCalculator(StaticWidget):
 
     models = traitlets.Dict().tag(sync=True)  # name: sizes
     steps = traitlets.Dict().tag(sync=True)  # name of a slider: its values
+    gpus = traitlets.Dict().tag(sync=True)  # GB: names
+    measured = traitlets.List().tag(sync=True)  # runs of LitGPT: _measured
     architecture = traitlets.Enum(CHOICES["architecture"]).tag(sync=True)
     method = traitlets.Enum(CHOICES["method"]).tag(sync=True)
     r = traitlets.Enum(CHOICES["r"]).tag(sync=True)
@@ -73,6 +93,7 @@ class MemoryCalculator(StaticWidget):
     batch = traitlets.Enum(CHOICES["batch"]).tag(sync=True)
     tokens = traitlets.Enum(CHOICES["tokens"]).tag(sync=True)
     checkpointing = traitlets.Bool().tag(sync=True)
+    double_quant = traitlets.Bool().tag(sync=True)
     memory_gb = traitlets.Enum(CHOICES["memory_gb"]).tag(sync=True)
 
     def __init__(
@@ -87,6 +108,7 @@ class MemoryCalculator(StaticWidget):
         tokens: int = 1024,
         checkpointing: bool = False,
         memory_gb: int = 24,
+        double_quant: bool = True,
     ):
         chosen = {
             "architecture": architecture,
@@ -98,6 +120,7 @@ class MemoryCalculator(StaticWidget):
             "batch": batch,
             "tokens": tokens,
             "checkpointing": checkpointing,
+            "double_quant": double_quant,
             "memory_gb": memory_gb,
         }
         for name, value in chosen.items():
@@ -109,14 +132,18 @@ class MemoryCalculator(StaticWidget):
         super().__init__(
             models={name: _sizes(a) for name, a in ARCHITECTURES.items()},
             steps={name: list(CHOICES[name]) for name in SLIDERS},
+            gpus={str(gb): names for gb, names in GPUS.items()},
+            measured=_measured(),
             **chosen,
         )
 
     def ledger(self) -> dict[str, float]:
         """Return {item: bytes}, from ``memory.training_ledger``."""
         a = ARCHITECTURES[self.architecture]
-        full, quantized = self.method == "full", self.method == "qlora"
-        base = {"fp32": 32, "bf16": 16}[self.precision]
+        full = self.method == "full"
+        bits = {"fp32": 32, "bf16": 16}[self.precision]
+        if self.method == "qlora":
+            bits = nf4_bits(self.double_quant)
         trained = self.precision if full else "fp32"
         items = training_ledger(
             a,
@@ -125,11 +152,22 @@ class MemoryCalculator(StaticWidget):
             r=None if full else self.r,
             target_modules=_targets(a)[self.targets],
             recipe=trained + RECIPES[self.optimizer],
-            bits_per_parameter=nf4_bits() if quantized else base,
+            bits_per_parameter=bits,
             checkpointing=self.checkpointing,
         )
         unused = ("master copy", "safety copy")
         return {k: v for k, v in items.items() if k not in unused}
+
+    def measurement(self) -> dict | None:
+        """Return LitGPT's run with exactly these settings: "gb", "beside_gb".
+
+        The second is what its layers of 2023 kept for the backward pass and
+        ``memory.activation_bytes`` does not count.
+        """
+        for run in self.measured:
+            if all(getattr(self, k) == v for k, v in run["when"].items()):
+                return run
+        return None
 
     def __repr__(self) -> str:
         return (
@@ -143,10 +181,12 @@ class MemoryCalculator(StaticWidget):
         total = sum(items.values())
         parts = ", ".join(f"{k} {v / 1e9:.3f}" for k, v in items.items())
         fits = "fits" if total <= self.memory_gb * 1e9 else "does not fit"
+        run = self.measurement()
+        dot = f" LitGPT measured {run['gb']:.2f} GB." if run else ""
         return (
             f"{self.architecture}, {self._how()}: {total / 1e9:.2f} GB for a "
             f"training step, which {fits} in {self.memory_gb} GB. In GB: "
-            f"{parts}."
+            f"{parts}.{dot}"
         )
 
     def figure(self) -> Figure:
@@ -161,12 +201,18 @@ class MemoryCalculator(StaticWidget):
             bar = ax.barh(item, size / 1e9, left=start / 1e9, color="C0")
             ax.bar_label(bar, [f" {size / 1e9:.3f}"], fontsize=9)
             start += size
+        if run := self.measurement():
+            ax.plot(run["gb"], "total", "o", color="black", clip_on=False)
+            words = f"measured: LitGPT, {run['gb']:.2f} GB"
+            ax.set_title(words, loc="right", fontsize=9)
         ax.axvline(self.memory_gb, color="black", linestyle="--")
         ax.invert_yaxis()
         ax.margins(x=0.12)
         ax.set_xlim(left=0)
         ax.set_xlabel(f"GB (dashed: a GPU of {self.memory_gb} GB)")
-        ax.set_title(f"{self.architecture}, {self._how()}", fontsize=11)
+        ax.set_title(
+            f"{self.architecture}, {self._how()}", loc="left", fontsize=11
+        )
         return figure
 
     def _how(self):
@@ -186,6 +232,39 @@ def _targets(a: Architecture) -> dict[str, list[str]]:
     }
 
 
+def _measured() -> list[dict]:
+    """Return LitGPT's training runs: {"when": settings, "gb", "beside_gb"}."""
+    quoted = read_results("litgpt_memory")
+    setting = quoted["training"]
+    runs = []
+    for row in quoted["rows"]:
+        if row["task"] != "training":
+            continue
+        a = ARCHITECTURES[row["architecture"]]
+        beside = a.n_layers * sum(
+            x["d_model"] * a.d_model + x["d_ff"] * a.d_ff
+            for x in quoted["beside"]["rows"]
+            if row["quantize"] or not x["quantized"]
+        )
+        base = {"method": "lora", "precision": "bf16"}
+        if row["quantize"]:
+            double = row["quantize"] == "nf4-dq"
+            base = {"method": "qlora", "double_quant": double}
+        when = {
+            "architecture": a.name,
+            **base,
+            "r": setting["r"],
+            "targets": "qv",
+            "optimizer": "adamw",
+            "batch": row["batch"],
+            "tokens": setting["tokens"],
+            "checkpointing": setting["checkpointing"],
+        }
+        kept = row["batch"] * setting["tokens"] * beside / 1e9
+        runs.append({"when": when, "gb": row["gb"], "beside_gb": kept})
+    return runs
+
+
 def _sizes(a: Architecture) -> dict:
     """Return what the script needs to know about a model."""
     return {
@@ -200,5 +279,4 @@ def _sizes(a: Architecture) -> dict:
         "positions": a.n_positions,
         "parameters": a.n_parameters,
         "linears": [[x.name, x.d_in, x.d_out] for x in a.linears],
-        "targets": _targets(a),
     }
