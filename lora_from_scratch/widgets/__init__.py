@@ -2,12 +2,14 @@
 
 from lora_from_scratch.widgets.ablation_explorer import AblationExplorer
 from lora_from_scratch.widgets.memory_calculator import MemoryCalculator
+from lora_from_scratch.widgets.nf4_explorer import NF4Explorer
 from lora_from_scratch.widgets.rank_explorer import RankExplorer
 from lora_from_scratch.widgets.variant_diagram import VariantDiagram
 
 __all__ = [
     "AblationExplorer",
     "MemoryCalculator",
+    "NF4Explorer",
     "RankExplorer",
     "VariantDiagram",
 ]
