@@ -1,14 +1,17 @@
 """What the recorders of notebooks/results/ share: origin, rows, best rate."""
 
 import json
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
-import peft
-import torch
-import transformers
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 

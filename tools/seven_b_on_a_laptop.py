@@ -22,7 +22,6 @@ its numbers in notebooks/results/seven_b.json.
 
 import gc
 import json
-import logging
 import os
 import shutil
 import time
@@ -293,7 +292,7 @@ def check_resources(config, tokens, folder, parts_missing):
     ledger = training_ledger(
         a, 1, tokens, R, bits_per_parameter=nf4_bits(), checkpointing=True
     )
-    need = LIBRARIES + sum(ledger.values()) + 4 * a.d_model * a.d_ff
+    need = LIBRARIES + sum(ledger.values())
     have = psutil.virtual_memory().available
     if have < need:
         raise ValueError(
@@ -502,5 +501,4 @@ def keep(key, result):
 
 
 if __name__ == "__main__":
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     typer.run(main)
