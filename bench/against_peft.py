@@ -36,6 +36,7 @@ from lora_from_scratch.variants.dora import DoRALinear  # noqa: E402
 warnings.filterwarnings("ignore", message="fan_in_fan_out")
 
 R, ALPHA, BATCH, TOKENS = 8, 16, 8, 128
+SETTING = f"r={R}, batch {BATCH} x {TOKENS} tokens"
 SMALL = {}  # GPT2Config's defaults are GPT-2 small, 124 M parameters
 COURSE = {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 4096}
 D_IN, D_OUT = 768, 3072
@@ -194,11 +195,10 @@ def memory_rows():
             )
 
 
-def time_table(title, first, repeats):
+def time_table(title, first, repeats, setting=SETTING):
     """Return an empty table of CPU seconds."""
     table = Table(
-        title=f"{title}, r={R}, batch {BATCH} x {TOKENS} tokens, CPU seconds, "
-        f"median of {repeats} pairs"
+        title=f"{title}, {setting}, CPU seconds, median of {repeats} pairs"
     )
     for column in (first, "ours", "other", "ratio", "quartiles", "goal"):
         table.add_column(column, justify="right" if table.columns else "left")

@@ -34,9 +34,9 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from lora_from_scratch.config import LoRAConfig  # noqa: E402
 from lora_from_scratch.inject import add_lora, merge_lora  # noqa: E402
 from lora_from_scratch.nf4 import (  # noqa: E402
-    can_quantize,
+    NF4Linear,
     dequantize_model,
-    output_head,
+    quantize_model,
     quantize_nf4,
 )
 
@@ -74,18 +74,10 @@ def base_model():
         max_position_embeddings=64,
         initializer_range=0.08,
     )
-    model = LlamaForCausalLM(config)
-    head = output_head(model)
+    model = quantize_model(LlamaForCausalLM(config))
     for name, layer in list(model.named_modules()):
-        if not can_quantize(layer) or layer is head:
-            continue
-        new = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias=False, quant_type="nf4"
-        )
-        new.weight = bnb.nn.Params4bit(
-            layer.weight.data, requires_grad=False, quant_type="nf4"
-        )
-        model.set_submodule(name, new.to("cpu"))
+        if isinstance(layer, NF4Linear):
+            model.set_submodule(name, layer.to_bitsandbytes())
     model.is_loaded_in_4bit = True  # PEFT asks for it
     return model
 

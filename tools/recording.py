@@ -1,17 +1,13 @@
 """What the recorders of notebooks/results/ share: origin, rows, best rate."""
 
+import importlib.metadata
 import json
-import logging
 import platform
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import
-
-import peft  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 
@@ -25,8 +21,8 @@ def made(command: str, scale: str, cpu_seconds: float, **more) -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+            "peft": importlib.metadata.version("peft"),
         },
         "scale": scale,
         **more,

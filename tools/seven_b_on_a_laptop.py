@@ -20,9 +20,11 @@ and compares codes and CPU time. With ``--record`` each of these runs keeps
 its numbers in notebooks/results/seven_b.json.
 """
 
+import ctypes
 import gc
 import json
 import os
+import platform
 import shutil
 import time
 import warnings
@@ -270,6 +272,13 @@ class Phases:
         say(f"{name}: {row['seconds']} s, peak {row['rss_peak'] / 1e9:.2f} GB")
 
 
+def give_back_at_once():
+    """Make glibc return freed tensors to the system, not keep them in store."""
+    if os.name == "posix" and platform.libc_ver()[0] == "glibc":
+        M_MMAP_THRESHOLD = -3  # of malloc.h: a fixed limit does not grow
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def _reset_peak():
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -320,25 +329,11 @@ def with_peft(model):
 
     Its 4-bit bytes are ours, taken over without a copy.
     """
-    import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
 
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, NF4Linear):
-            continue
-        new = bnb.nn.Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=False,
-            compute_dtype=torch.bfloat16,
-            quant_type="nf4",
-            device="meta",
-        )
-        state = layer.weight.state_dict("weight")
-        new.weight = bnb.nn.Params4bit.from_prequantized(
-            state.pop("weight"), state, device="cpu", module=new
-        )
-        model.set_submodule(name, new)
+        if isinstance(layer, NF4Linear):
+            model.set_submodule(name, layer.to_bitsandbytes(torch.bfloat16))
     config = LoraConfig(
         r=R,
         lora_alpha=ALPHA,
@@ -441,6 +436,7 @@ def main(
 def run(blocks, tokens, n_steps, checkpoint, folder, peft, check, record):
     """Do what ``main`` was asked for."""
     start = time.process_time()
+    give_back_at_once()
     config = seven_b_config(blocks)
     if checkpoint:
         config = AutoConfig.from_pretrained(checkpoint)
