@@ -210,6 +210,7 @@ def _wrapper(config, modules):
     if isinstance(config, VeRAConfig):
         cls = first(VeRALinear, VeRAConv1D)
         linear = [m for m in modules if cls(m)._accepts(m)]
+        linear = [m for m in linear if m.weight.is_floating_point()]
         shared = linear and vera_projections(
             linear, config.r, config.projection_prng_key
         )
@@ -258,6 +259,13 @@ def _match_modules_to_save(model, config):
         if not new:
             raise ValueError(f"modules_to_save: {ending!r} matches no module")
         found |= new
+    for name, module in found.items():
+        for part in module.modules():
+            if isinstance(part, NF4Linear) or is_linear4bit(part):
+                raise ValueError(
+                    f"modules_to_save: {name} has weights in four bits, which "
+                    "cannot be trained; adapt it through target_modules"
+                )
     return found
 
 

@@ -246,7 +246,13 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, "Tensor"]]:
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.is_file():
-        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        try:
+            places = json.loads(index.read_text("utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{index} is damaged or cut short ({error!r}); delete it and "
+                "fetch it again"
+            ) from error
         shards = sorted(set(places.values()))
     for shard in shards:
         path = folder / shard

@@ -170,7 +170,7 @@ def quantize_nf4(
         pair = _nearest(x * scale[:, None]).view(torch.int16)
         packed[part] = (pair << 4 | pair >> 8).to(torch.uint8)
     if not absmax.isfinite().all():
-        bad = int((~weight.isfinite()).sum())
+        bad = int((~flat.float().isfinite()).sum())
         raise ValueError(f"{bad} of {n} weights are NaN or infinite")
     packed = packed.view(-1)[: (n + 1) // 2]
     shared = weight.shape, weight.dtype, block_size
@@ -296,10 +296,15 @@ class NF4Tensor:
         packed = F.pad(self.packed, (0, -len(self.packed) % (size // 2)))
         packed = packed.view(-1, size // 2)
         out = packed.new_empty(len(packed), size, dtype=dtype)
-        step = _rows(size, self.device)
+        step = min(_rows(size, self.device), len(out))
+        # room for one step, taken once: asking anew costs a tenth of the time
+        byte = packed.new_empty(step * size // 2, dtype=torch.int32)
+        pair = packed.new_empty(step * size // 2, dtype=torch.int64)
         for start in range(0, len(out), step):
             part = slice(start, start + step)
-            pair = pairs.index_select(0, packed[part].reshape(-1).int())
+            here = packed[part].view(-1)
+            byte, pair = byte[: len(here)], pair[: len(here)]
+            torch.index_select(pairs, 0, byte.copy_(here), out=pair)
             values = pair.view(torch.float32).view(-1, size)
             out[part] = values.mul_(absmax[part])
         return out.view(-1)[:n].view(self.shape)
@@ -331,14 +336,14 @@ class NF4Tensor:
         """Build the tensor from bitsandbytes' names, sharing memory.
 
         Raises:
-            ValueError: if a part is missing, is not NF4, or has another size
-                than the rest says.
+            ValueError: if a part is missing, damaged, not NF4, or has
+                another size than the rest says.
         """
         name = _join(prefix, STATE)
         wanted = [_join(prefix, part) for part in PARTS]
         missing = [key for key in wanted if key not in tensors]
         if name in tensors:
-            about = json.loads(bytes(tensors[name].tolist()))
+            about, *of_weight = _read_state(tensors[name], name)
             if "nested_offset" in about:
                 wanted = [_join(prefix, part) for part in NESTED_PARTS]
                 missing += [key for key in wanted if key not in tensors]
@@ -361,9 +366,7 @@ class NF4Tensor:
         weight = cls(
             packed,
             tensors[_join(prefix, "absmax")],
-            torch.Size(about["shape"]),
-            getattr(torch, about["dtype"]),
-            about["blocksize"],
+            *of_weight,
             *nested,
         )
         weight._check_sizes(prefix)
@@ -421,6 +424,20 @@ class NF4Tensor:
 
 def _join(prefix, part):
     return f"{prefix}.{part}" if prefix and part else prefix or part
+
+
+def _read_state(tensor, name):
+    """Return the JSON text of a state dict, and shape, dtype, block size."""
+    try:
+        about = json.loads(bytes(tensor.tolist()))
+        shape, dtype = torch.Size(about["shape"]), about["dtype"]
+        of_weight = shape, getattr(torch, dtype), about["blocksize"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name} is damaged ({error!r}); save the model again"
+        ) from error
+    _check_block_size(of_weight[-1])
+    return about, *of_weight
 
 
 def _check_table(found, levels, name):
@@ -518,6 +535,31 @@ class NF4Linear(nn.Module):
             weight = quantize_nf4(W, block_size, double_quant)
         return cls(weight, linear.bias).train(linear.training)
 
+    def to_bitsandbytes(self, compute_dtype: torch.dtype | None = None):
+        """Return bitsandbytes' ``Linear4bit`` over the same bytes.
+
+        Args:
+            compute_dtype: in which it multiplies; None follows its first
+                input.
+        """
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        layer = Linear4bit(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            compute_dtype=compute_dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        state = self.weight.state_dict("weight")
+        packed, device = state.pop("weight"), self.packed.device
+        layer.weight = Params4bit.from_prequantized(
+            packed, state, device=device, module=layer
+        )
+        layer.bias = self.bias
+        return layer.train(self.training)
+
     @property
     def weight(self) -> NF4Tensor:
         """The weight, (out_features, in_features)."""
@@ -565,22 +607,32 @@ class NF4Linear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(self.weight.state_dict(prefix + "weight"))
 
+    def _load(self, tensors, name):
+        weight = NF4Tensor.from_state_dict(tensors, name)
+        if weight.shape != self.weight.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)}, this layer "
+                f"{tuple(self.weight.shape)}"
+            )
+        self._set(weight)
+        self.to(self.packed.device)
+
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
         name = prefix + "weight"
-        ours = {k: v for k, v in state_dict.items() if f"{k}.".startswith(name)}
-        try:
-            weight = NF4Tensor.from_state_dict(ours, name)
-            if weight.shape != self.weight.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(weight.shape)}, this layer "
-                    f"{tuple(self.weight.shape)}"
-                )
-            self._set(weight)
-            self.to(self.packed.device)
-        except ValueError as error:
-            errors.append(str(error))
+        ours = {
+            k: v
+            for k, v in state_dict.items()
+            if f"{k}.".startswith(f"{name}.")
+        }
+        if ours:
+            try:
+                self._load(ours, name)
+            except ValueError as error:
+                errors.append(str(error))
+        elif strict:
+            missing.append(name)
         rest = {k: v for k, v in state_dict.items() if k not in ours}
         super()._load_from_state_dict(
             rest, prefix, metadata, strict, missing, unexpected, errors
@@ -724,12 +776,15 @@ def fill_nf4(
     for name, values in tensors:
         if name not in shapes:
             raise ValueError(f"{type(model).__name__} has no parameter {name}")
-        if values.shape != shapes[name]:
+        layer, shape = layers.get(name), shapes[name]
+        if isinstance(values, NF4Tensor) and is_conv1d(layer):
+            shape = shape[::-1]
+        if values.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(values.shape)}, the model needs "
-                f"{tuple(shapes[name])}"
+                f"{tuple(shape)}"
             )
-        if layer := layers.get(name):
+        if layer:
             W = values
             if not isinstance(W, NF4Tensor):
                 W = W.T if is_conv1d(layer) else W
@@ -744,6 +799,7 @@ def fill_nf4(
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(values, requires_grad=False)
             setattr(model.get_submodule(owner), leaf, parameter)
+        del values  # before the next ones are made
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     empty = [n for n, p in model.named_parameters() if p.is_meta]

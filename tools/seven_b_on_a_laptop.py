@@ -29,6 +29,7 @@ import shutil
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,8 @@ from lora_from_scratch.nf4 import NF4Linear, NF4Tensor, fill_nf4, quantize_nf4
 OUT = RESULTS / "seven_b.json"
 R, ALPHA, LR = 16, 32, 2e-4
 LIBRARIES = 600e6  # bytes of Python, torch and transformers before any model
-say = Console(stderr=True, highlight=False, markup=False).print
+console = Console(stderr=True, highlight=False, markup=False)
+say = partial(console.print, soft_wrap=True)  # no line break in a path
 
 
 def seven_b_config(blocks: int) -> MistralConfig:
@@ -108,17 +110,18 @@ class Parts:
     Args:
         folder: where; created if need be.
         model: the empty model.
+        source: whose weights these are; parts of others are refused.
     """
 
-    def __init__(self, folder, model):
-        self.folder = folder
+    def __init__(self, folder, model, source="random"):
+        self.folder, self.source = folder, source
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):  # of a run that was stopped
             part.unlink()
-        names = [n for n, _ in model.named_parameters()]
-        self.parts = dict.fromkeys(part_of(n) for n in names)
+        self.shapes = {n: p.shape for n, p in model.named_parameters()}
+        self.parts = dict.fromkeys(part_of(n) for n in self.shapes)
         self.names = {
-            p: [n for n in names if part_of(n) == p] for p in self.parts
+            p: [n for n in self.shapes if part_of(n) == p] for p in self.parts
         }
         self.linears = linear_weights(model)
         self.seconds = {"draw or read": 0.0, "quantize": 0.0, "write": 0.0}
@@ -129,7 +132,28 @@ class Parts:
 
     def missing(self):
         """Return the parts that are not on disk yet."""
-        return [p for p in self.parts if not self.path(p).exists()]
+        there = [p for p in self.parts if self.path(p).exists()]
+        for part in there:
+            with self.opened(part) as file:
+                source = (file.metadata() or {}).get("source")
+            if source != self.source:
+                raise ValueError(
+                    f"{self.path(part)} holds weights of {source}, this run "
+                    f"is about {self.source}: name another --folder"
+                )
+        return [p for p in self.parts if p not in there]
+
+    @contextmanager
+    def opened(self, part):
+        """Open the file of a part; ValueError if it is damaged."""
+        try:
+            with safe_open(self.path(part), framework="pt") as file:
+                yield file
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.path(part)} is damaged ({error}); delete it and "
+                "run this again: only this part is made anew"
+            ) from error
 
     @contextmanager
     def timed(self, what):
@@ -148,6 +172,7 @@ class Parts:
         done = {p: {} for p in waiting}
         bar = tqdm(total=len(waiting), desc="blocks", unit="block")
         while waiting:
+            values = None  # before the next ones are made
             with self.timed("draw or read"):
                 name, values = next(tensors, (None, None))
             if name is None:
@@ -167,30 +192,33 @@ class Parts:
 
     def quantized(self, name, values):
         """Return {key in the file: tensor} of one parameter."""
+        shape = self.shapes.get(name)
+        if shape is not None and values.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, the model needs "
+                f"{tuple(shape)}"
+            )
         if name not in self.linears:
             return {name: values}
-        with self.timed("quantize"):
-            weight = quantize_nf4(values)
+        try:
+            with self.timed("quantize"):
+                weight = quantize_nf4(values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         return weight.state_dict(name)
 
     def write(self, part, tensors):
         """Write a part whole, or not at all."""
         partial = self.path(part).with_suffix(".part")
-        save_file(tensors, partial)
+        save_file(tensors, partial, metadata={"source": self.source})
         partial.replace(self.path(part))
 
     def read(self):
         """Yield (parameter's name, NF4Tensor or values) of all parts."""
         for part in tqdm(self.parts, desc="reading", unit="block"):
-            try:
-                with safe_open(self.path(part), framework="pt") as file:
-                    for name in self.names[part]:
-                        yield name, self.one(name, file)
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{self.path(part)} is damaged ({error}); delete it and "
-                    "run this again: only this part is made anew"
-                ) from error
+            with self.opened(part) as file:
+                for name in self.names[part]:
+                    yield name, self.one(name, file)
 
     def one(self, name, file):
         """Return one parameter of a file; a copy: mapped pages count, too."""
@@ -292,7 +320,8 @@ def _peak():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM"):
                 return 1024 * int(line.split()[1])
-    return getattr(psutil.Process().memory_info(), "peak_wset", None)
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)  # Windows; macOS has none
 
 
 def check_resources(config, tokens, folder, parts_missing):
@@ -355,7 +384,7 @@ def steps(model, parameters, phases, tokens, n, saved):
     )
     first = 0
     if saved.exists():
-        first = _resume(saved, parameters, optimizer)
+        first = _resume(saved, parameters, optimizer, tokens)
     for step in range(first, n):
         generator = torch.Generator().manual_seed(step)
         size = model.config.vocab_size
@@ -369,25 +398,37 @@ def steps(model, parameters, phases, tokens, n, saved):
             optimizer.step()
             optimizer.zero_grad()
         with phases.phase("checkpoint", step=step):
-            _save(saved, parameters, optimizer, step + 1)
+            _save(saved, parameters, optimizer, step + 1, tokens)
         say(f"step {step}: loss {loss.item():.4f}")
     return optimizer
 
 
-def _save(path, parameters, optimizer, step):
+def _save(path, parameters, optimizer, step, tokens):
+    state = {
+        "step": step,
+        "tokens": tokens,
+        "values": [p.detach() for p in parameters],
+        "optimizer": optimizer.state_dict(),
+    }
     partial = path.with_suffix(".part")
-    values = [p.detach() for p in parameters]
-    state = optimizer.state_dict()
-    torch.save({"step": step, "values": values, "optimizer": state}, partial)
+    torch.save(state, partial)
     partial.replace(path)
 
 
-def _resume(path, parameters, optimizer):
-    old = torch.load(path, weights_only=True)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, old["values"], strict=True):
-            parameter.copy_(value)
-    optimizer.load_state_dict(old["optimizer"])
+def _resume(path, parameters, optimizer, tokens):
+    try:
+        old = torch.load(path, weights_only=True)
+        if old["tokens"] != tokens:
+            raise ValueError(f"{old['tokens']} tokens a step, not {tokens}")
+        with torch.no_grad():
+            for parameter, value in zip(parameters, old["values"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(old["optimizer"])
+    except Exception as error:  # a cut file raises what it likes
+        raise ValueError(
+            f"cannot go on from {path} ({error}); delete it to train from the "
+            "start, or name another --folder"
+        ) from error
     say(f"going on after step {old['step'] - 1} of {path}")
     return old["step"]
 
@@ -419,7 +460,7 @@ def main(
     blocks: Annotated[int, typer.Option(min=1, max=80)] = 32,
     tokens: Annotated[int, typer.Option(min=2, max=4096)] = 128,
     n_steps: Annotated[int, typer.Option("--steps", min=1)] = 2,
-    checkpoint: Annotated[Path | None, typer.Option()] = None,
+    checkpoint: Annotated[Path | None, typer.Option(exists=True)] = None,
     folder: Annotated[Path | None, typer.Option()] = None,
     peft: bool = False,
     check: bool = False,
@@ -428,7 +469,7 @@ def main(
     """Build, quantize and train; exit status 2 with a reason if it cannot."""
     try:
         run(blocks, tokens, n_steps, checkpoint, folder, peft, check, record)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a config that is not there
         say(str(error))
         raise typer.Exit(2) from error
 
@@ -440,13 +481,13 @@ def run(blocks, tokens, n_steps, checkpoint, folder, peft, check, record):
     config = seven_b_config(blocks)
     if checkpoint:
         config = AutoConfig.from_pretrained(checkpoint)
-    n, source = config.num_hidden_layers, checkpoint and checkpoint.name
-    source = source or "random"
-    folder = folder or cache_folder() / f"nf4-{source}-{n}-blocks"
-    model = empty_model(config)
+    n, model = config.num_hidden_layers, empty_model(config)
+    source, origin = "random", f"random, {n} blocks"
     tensors = random_tensors(model)
     if checkpoint:
+        source, origin = checkpoint.name, str(checkpoint.resolve())
         tensors = checkpoint_tensors(checkpoint)
+    folder = folder or cache_folder() / f"nf4-{source}-{n}-blocks"
     options = {"weights": source, "blocks": n}
     if check:
         compared = compare_quantizers(model, tensors)
@@ -454,19 +495,21 @@ def run(blocks, tokens, n_steps, checkpoint, folder, peft, check, record):
         result = {**options, **compared}
     else:
         options |= {"tokens": tokens, "r": R, "lora_alpha": ALPHA}
-        measured = train(config, model, tensors, tokens, n_steps, folder, peft)
+        measured = train(
+            config, model, tensors, tokens, n_steps, folder, peft, origin
+        )
         result = {**options, **measured}
     if record:
         key = "quantizers" if check else "peft" if peft else "ours"
         command = "python tools/seven_b_on_a_laptop.py --record"
         command += " --peft" * peft + " --check" * check
-        origin = made(command, "full", time.process_time() - start)
-        keep(key, {"made": origin, **result})
+        how = made(command, "full", time.process_time() - start)
+        keep(key, {"made": how, **result})
 
 
-def train(config, model, tensors, tokens, n_steps, folder, peft):
+def train(config, model, tensors, tokens, n_steps, folder, peft, origin):
     """Build the model, take the steps, return what was measured."""
-    parts = Parts(folder, model)
+    parts = Parts(folder, model, origin)
     share = len(parts.missing()) / len(parts.parts)
     check_resources(config, tokens, folder, share)
     phases = Phases()

@@ -100,6 +100,6 @@ def _refuse_quantized(weight: Tensor | None) -> None:
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         raise ValueError(
             "PiSSA replaces W0 by W0 - scaling B A, which cannot be written "
-            f"back into quantized weights ({weight.dtype}). Load the base in "
-            "float32 or bfloat16, add PiSSA, and quantize the residual"
+            "back into quantized weights. Load the base in float32 or "
+            "bfloat16, add PiSSA, and quantize the residual"
         )

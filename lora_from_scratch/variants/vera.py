@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_from_scratch.config import check_rank, check_targets
 from lora_from_scratch.linear import LoRAConv1D, LoRALayer, LoRALinear
+from lora_from_scratch.nf4 import NF4Tensor
 
 
 def _check(d_initial, vera_dropout):
@@ -171,9 +172,11 @@ class VeRALinear(LoRALayer):
             raise ValueError(f"{kind} cannot wrap {type(base_layer).__name__}")
         weight = base_layer.weight
         if not weight.is_floating_point():
+            four_bits = isinstance(weight, NF4Tensor)
+            found = "four bits" if four_bits else weight.dtype
             raise ValueError(
-                f"{kind} needs floating-point weights, got {weight.dtype}; "
-                "call dequantize_model(model) first"
+                f"{kind} needs floating-point weights, got {found}; call "
+                "dequantize_model(model) first"
             )
         _check(d_initial, vera_dropout)
         d_out, d_in = _size(base_layer)
