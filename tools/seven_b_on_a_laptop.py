@@ -57,7 +57,13 @@ from lora_from_scratch.memory import (
     weight_bytes,
 )
 from lora_from_scratch.models import checkpoint_tensors
-from lora_from_scratch.nf4 import NF4Linear, NF4Tensor, fill_nf4, quantize_nf4
+from lora_from_scratch.nf4 import (
+    NF4Linear,
+    NF4Tensor,
+    fill_nf4,
+    nf4_weight,
+    quantize_nf4,
+)
 
 OUT = RESULTS / "seven_b.json"
 R, ALPHA, LR = 16, 32, 2e-4
@@ -437,8 +443,10 @@ def tensor_bytes(model, parameters, optimizer):
     """Return {item: bytes} of the tensors that are there."""
     parts, rest = 0, 0
     for module in model.modules():
-        if isinstance(module, NF4Linear):
-            parts += module.weight.nbytes
+        weight = getattr(module, "base_layer", None) and nf4_weight(
+            module.base_layer
+        )
+        parts += weight.nbytes if weight else 0
     for p in model.parameters():
         if not p.requires_grad and not hasattr(p, "quant_state"):
             rest += p.nbytes
