@@ -13,7 +13,7 @@ PACKAGES := $(VENV)/.packages
 BROWSER := $(VENV)/.browser
 PIP := $(BIN)/python -m pip install --quiet --quiet
 NBVAL := $(BIN)/python -m pytest -q --nbval --nbval-current-env \
-	--nbval-cell-timeout=120 notebooks/*.ipynb
+	--nbval-cell-timeout=120 -n 2 --dist loadfile notebooks/*.ipynb
 SLOW_TESTS := tests/test_notebooks.py tests/test_site.py
 
 # Lessons and pages are made with one thread: with more, sums round in another

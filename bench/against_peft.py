@@ -91,23 +91,24 @@ def paired(ours, theirs, repeats):
     return times[1:]  # the first pair warms up
 
 
+def step(model, tokens):
+    """Return a function that trains a model for one step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+
+    def run():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
 def step_times(shape, dtype, repeats):
     """Return CPU seconds of a training step, ours and PEFT's."""
     tokens = torch.randint(0, 4096, (BATCH, TOKENS))
-
-    def step(model):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=True)
-
-        def run():
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
     ours, theirs = pair(shape, dtype)
-    return paired(step(ours), step(theirs), repeats)
+    return paired(step(ours, tokens), step(theirs, tokens), repeats)
 
 
 def layer_times(dtype, dropout, use_dora, against_frozen, repeats):

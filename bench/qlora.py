@@ -18,6 +18,7 @@ from against_peft import (  # sets the threads, so it comes first
     add_times,
     paired,
     saved_bytes,
+    step,
     time_table,
 )
 
@@ -70,19 +71,6 @@ def peft(model, targets="all-linear"):
     """Return PEFT's model."""
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
     return get_peft_model(model, config)
-
-
-def step(model, tokens):
-    """Return a function that trains one step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
-
-    def run():
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
 
 
 def step_times(shape, batch, length, against, repeats):

@@ -5,8 +5,8 @@ import weakref
 
 import bitsandbytes as bnb
 import torch
+from helpers import llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_from_scratch.nf4 import NF4Tensor
 
@@ -40,20 +40,7 @@ def in_bitsandbytes(model, **settings):
 
 def wide_llama(seed=0, **settings):
     """Return a Llama of which bitsandbytes is right: 64 divides each d_in."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=37,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=11,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        **settings,
-    )
-    return LlamaForCausalLM(config)
+    return llama(torch.float32, seed, d_model=64, d_ff=192, **settings)
 
 
 def watch_unpacking(monkeypatch):

@@ -31,19 +31,20 @@ def gpt2(dtype=torch.float64, seed=0):
     return GPT2LMHeadModel(config).to(dtype)
 
 
-def llama(dtype=torch.float64, seed=0):
+def llama(dtype=torch.float64, seed=0, d_model=24, d_ff=40, **settings):
     """Return a small Llama: grouped queries, untied head, no biases."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=37,
-        hidden_size=24,
-        intermediate_size=40,
+        hidden_size=d_model,
+        intermediate_size=d_ff,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=11,
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
+        **settings,
     )
     return LlamaForCausalLM(config).to(dtype)
 

@@ -104,6 +104,30 @@ def scores(task, made, model, split):
     return {**found, "old_loss": round(evaluate(model, made.old), 4)}
 
 
+def fit(model, task, setting):
+    """Train a model; return what came out, and the optimizer."""
+    start = time.process_time()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=setting["lr"], weight_decay=0.0, fused=True
+    )
+    losses = train(
+        model,
+        task.batches(setting["seed"]),
+        setting["steps"],
+        setting["lr"],
+        warmup_steps=2,
+        decay=True,
+        optimizer=optimizer,
+    )
+    seconds = time.process_time() - start
+    return {
+        "train_loss": round(sum(losses[-5:]) / 5, 4),
+        "step_seconds": round(seconds / setting["steps"], 2),
+        "n_trainable": sum(p.numel() for p in trained),
+    }, optimizer
+
+
 def run(setting, made):
     """Train once and return the row: the setting and what came out."""
     task, seed = made.tasks[setting["task"]], setting["seed"]
@@ -111,23 +135,8 @@ def run(setting, made):
     row, sweep = dict(setting), setting["part"] == "sweep"
     start = time.process_time()
     if setting["method"] != "base":
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=setting["lr"], weight_decay=0.0, fused=True
-        )
-        losses = train(
-            mixed,
-            task.batches(seed),
-            setting["steps"],
-            setting["lr"],
-            warmup_steps=2,
-            decay=True,
-            optimizer=optimizer,
-        )
-        seconds = time.process_time() - start
-        row["train_loss"] = round(sum(losses[-5:]) / 5, 4)
-        row["step_seconds"] = round(seconds / setting["steps"], 2)
-        row["n_trainable"] = sum(p.numel() for p in trained)
+        found, optimizer = fit(mixed, task, setting)
+        row |= found
         if not sweep and seed == 0:
             batch = next(iter(task.batches(seed)))
             row["memory"] = memory(mixed, model, optimizer, batch)
@@ -147,7 +156,8 @@ def memory(mixed, model, optimizer, batch):
     counted once, the weights themselves left out; ``cast`` are the bfloat16
     copies of weights among them, which autocast makes.
     """
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = [*model.parameters(), *model.buffers()]
+    own = {t.untyped_storage().data_ptr() for t in own}
     shapes = {tuple(sorted(p.shape)) for p in model.parameters()}
     shapes = {s for s in shapes if len(s) == 2}
     kept, cast = {}, {}

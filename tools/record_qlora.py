@@ -31,6 +31,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+import record_peft_gpt2  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from record_peft_gpt2 import (  # noqa: E402
@@ -43,6 +44,7 @@ from record_peft_gpt2 import (  # noqa: E402
     STEPS,
     SWEEP_STEPS,
     Made,
+    fit,
     scores,
 )
 from recording import RESULTS, Rows, best_rate  # noqa: E402
@@ -63,7 +65,6 @@ from lora_from_scratch.nf4 import (  # noqa: E402
     quantize_model,
     quantize_nf4,
 )
-from lora_from_scratch.train import train  # noqa: E402
 
 PATH = RESULTS / "qlora.json"
 OUTCOMES = {
@@ -123,23 +124,8 @@ def run(setting, made):
     row, sweep = dict(setting), setting["part"] == "sweep"
     start = time.process_time()
     if setting["method"] != "base":
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=setting["lr"], weight_decay=0.0, fused=True
-        )
-        losses = train(
-            model,
-            task.batches(seed),
-            setting["steps"],
-            setting["lr"],
-            warmup_steps=2,
-            decay=True,
-            optimizer=optimizer,
-        )
-        seconds = time.process_time() - start
-        row["train_loss"] = round(sum(losses[-5:]) / 5, 4)
-        row["step_seconds"] = round(seconds / setting["steps"], 2)
-        row["n_trainable"] = sum(p.numel() for p in trained)
+        found, optimizer = fit(model, task, setting)
+        row |= found
         if not sweep and seed == 0:
             batch = next(iter(task.batches(seed)))
             row["memory"] = memory(model, optimizer, batch)
@@ -168,48 +154,27 @@ def checkpointing(model, on):
 def memory(model, optimizer, batch):
     """Return the bytes held during one training step, by item.
 
-    Activations are what autograd keeps for the backward pass at the end of
-    the forward pass, each storage counted once, without what the model owns.
+    As tools/record_peft_gpt2.py counts them, with the frozen weights divided
+    into the matrices of the blocks, scales included, and the others.
     """
-    own = [*model.parameters(), *model.buffers()]
-    own = {t.untyped_storage().data_ptr() for t in own}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    if isinstance(batch, torch.Tensor):
-        batch = {"input_ids": batch, "labels": batch}
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(**batch).loss
-    loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    found = record_peft_gpt2.memory(model, model, optimizer, batch)
     packed = sum(
         m.weight.nbytes for m in model.modules() if isinstance(m, NF4Linear)
     )
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    linears = sum(p.nbytes + scale_bytes(p) for p in matrices(model))
-    sizes = {
-        "linear weights": packed + linears,
-        "other weights": sum(p.nbytes for p in frozen)
-        - sum(p.nbytes for p in matrices(model)),
-        "adapter": sum(p.nbytes for p in trained),
-        "gradients": sum(p.grad.nbytes for p in trained),
-        "optimizer": sum(
-            x.nbytes
-            for state in optimizer.state.values()
-            for x in state.values()
-            if isinstance(x, torch.Tensor) and x.ndim
-        ),
-        "activations": sum(kept.values()),
-        "tokens": batch["input_ids"].numel(),
+    linears = matrices(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapter = sum(p.nbytes for p in trained)
+    rest = found["weights"] - adapter - sum(p.nbytes for p in linears)
+    return {
+        "linear weights": packed
+        + sum(p.nbytes + scale_bytes(p) for p in linears),
+        "other weights": rest,
+        "adapter": adapter,
+        "gradients": found["gradients"],
+        "optimizer": found["optimizer"] - 4 * len(optimizer.state),  # counters
+        "activations": found["activations"] + found["cast"],
+        "tokens": found["tokens"],
     }
-    model.zero_grad()
-    return sizes
 
 
 def matrices(model):

@@ -306,11 +306,16 @@ class Phases:
         say(f"{name}: {row['seconds']} s, peak {row['rss_peak'] / 1e9:.2f} GB")
 
 
-def give_back_at_once():
-    """Make glibc return freed tensors to the system, not keep them in store."""
+def give_back():
+    """Make glibc return freed tensors to the system, now and from now on.
+
+    From 256 kB on: the gradient of a factor with 16 x 4096 numbers. Not while
+    quantizing, whose many short-lived tensors are faster from a store.
+    """
     if os.name == "posix" and platform.libc_ver()[0] == "glibc":
-        M_MMAP_THRESHOLD = -3  # of malloc.h: a fixed limit does not grow
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3  # of malloc.h
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
+        libc.malloc_trim(0)
 
 
 def _reset_peak():
@@ -443,9 +448,7 @@ def tensor_bytes(model, parameters, optimizer):
     """Return {item: bytes} of the tensors that are there."""
     parts, rest = 0, 0
     for module in model.modules():
-        weight = getattr(module, "base_layer", None) and nf4_weight(
-            module.base_layer
-        )
+        weight = nf4_weight(module)
         parts += weight.nbytes if weight else 0
     for p in model.parameters():
         if not p.requires_grad and not hasattr(p, "quant_state"):
@@ -485,7 +488,6 @@ def main(
 def run(blocks, tokens, n_steps, checkpoint, folder, peft, check, record):
     """Do what ``main`` was asked for."""
     start = time.process_time()
-    give_back_at_once()
     config = seven_b_config(blocks)
     if checkpoint:
         config = AutoConfig.from_pretrained(checkpoint)
@@ -527,6 +529,7 @@ def train(config, model, tensors, tokens, n_steps, folder, peft, origin):
         parts.make(tensors)
     row["cpu_seconds_of"] = {k: round(v, 2) for k, v in parts.seconds.items()}
     tensors.close()  # it holds the last tensor
+    give_back()
     with phases.phase("load"):
         fill_nf4(model, parts.read())
     with phases.phase("add adapter"):
