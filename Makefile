@@ -12,8 +12,10 @@ BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 BROWSER := $(VENV)/.browser
 PIP := $(BIN)/python -m pip install --quiet --quiet
-NBVAL := $(BIN)/python -m pytest -q --nbval --nbval-current-env \
-	--nbval-cell-timeout=120 -n 2 --dist loadfile notebooks/*.ipynb
+# Lessons run in two processes, one lesson in one.
+PYTEST_2 := $(BIN)/python -m pytest -q -n 2
+NBVAL := $(PYTEST_2) --dist loadfile --nbval --nbval-current-env \
+	--nbval-cell-timeout=120 notebooks/*.ipynb
 SLOW_TESTS := tests/test_notebooks.py tests/test_site.py
 
 # Lessons and pages are made with one thread: with more, sums round in another
@@ -50,7 +52,7 @@ check: $(PACKAGES) $(BROWSER)  ## everything that CI checks, cheap first
 	$(BIN)/python -m pytest -q $(SLOW_TESTS:%=--ignore=%)
 	$(BIN)/python tools/notebooks.py --check
 	$(NBVAL)
-	$(BIN)/python -m pytest -q tests/test_notebooks.py
+	$(PYTEST_2) --dist worksteal tests/test_notebooks.py
 	$(MAKE) html
 	$(BIN)/python -m pytest -q tests/test_site.py
 
