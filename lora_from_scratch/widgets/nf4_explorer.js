@@ -232,7 +232,7 @@ function drawBlock({ block, position, choose }) {
         .filter((i) => now.blockOf(i) === b);
       const used = new Set(members.map((i) => now.indices[i]));
       text(2, y + 13, "start", `${first + 1}–${first + s.block_size}: absmax ` +
-        `${short(scale, 3)}, ${used.size} of ${levels.length} levels used`);
+        `${short(scale, 3)}, ${used.size}/${levels.length} levels`);
       const [top, bottom] = [y + 20, y + 30 + ROW * s.block_size];
       rect(0, top, width, bottom - top, "nf4-band");
       levels.forEach(([level], index) => {
