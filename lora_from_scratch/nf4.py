@@ -463,9 +463,14 @@ def nf4_weight(layer: nn.Module) -> NF4Tensor | None:
 
 def is_linear4bit(layer: nn.Module) -> bool:
     """Return whether a layer is bitsandbytes', without importing that."""
+    return _is_linear4bit(type(layer))
+
+
+@functools.cache  # LoRA layers ask in every forward pass
+def _is_linear4bit(kind):
     return any(
         cls.__name__ == "Linear4bit" and cls.__module__.startswith("bitsand")
-        for cls in type(layer).__mro__
+        for cls in kind.__mro__
     )
 
 

@@ -225,63 +225,80 @@ def samples(model, tokenizer):
 
 
 class Record(Rows):
-    """The runs of the file: sweeps of the rate, and final runs."""
+    """The runs of a file: sweeps of the rate, and final runs.
 
-    def __init__(self, path):
+    Args:
+        path: the file.
+        run: maps (setting, tasks) to a row.
+        outcomes: as in ``Rows``.
+        origin: as in ``Rows``, beside what all such files share.
+    """
+
+    def __init__(self, path, run, outcomes, **origin):
         tasks = Made()
         super().__init__(
             path,
             lambda setting: run(setting, tasks),
             {
-                "command": "python tools/record_peft_gpt2.py",
                 "scale": "small",
                 "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
                 "seeds": SEEDS,
-                "precision": "bfloat16 autocast, float32 weights",
                 "batch_size": BATCH,
                 "length": LENGTH,
                 "lora": CONFIG,
+                **origin,
             },
-            OUTCOMES,
+            outcomes,
             ["cpu_seconds", "step_seconds"],
         )
 
-    def compare(self, task, method, seeds):
-        """Find the best rate with seed 0, then train with the seeds."""
-        setting = {"task": task, "method": method}
+    def best(self, setting, guess):
+        """Return the best rate of a setting with seed 0, from ``guess`` on."""
         short = {"part": "sweep", **setting, "steps": SWEEP_STEPS, "seed": 0}
 
         def loss(lr):
             return self.row({**short, "lr": lr})["validation_loss"]
 
-        lr = best_rate(RATES, RATES.index(GUESS[method]), loss)
+        return best_rate(RATES, RATES.index(guess), loss)
+
+    def final(self, setting, lr, seeds):
+        """Train a setting at a rate with the seeds."""
         for seed in seeds:
-            self.row(
-                {
-                    "part": "final",
-                    **setting,
-                    "steps": STEPS,
-                    "lr": lr,
-                    "seed": seed,
-                }
-            )
+            row = {"steps": STEPS, "lr": lr, "seed": seed}
+            self.row({"part": "final", **setting, **row})
+
+    def base(self, setting):
+        """Measure the untrained model."""
+        self.row({"part": "final", **setting, "method": "base", "seed": 0})
+
+
+def arguments(about, path):
+    """Return what the command line of a recorder asks for: again, out."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--again", type=int, metavar="ROW")
+    parser.add_argument("--out", type=Path, default=path)
+    return parser.parse_args()
 
 
 def main():
     """Record everything, or one row again."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--again", type=int, metavar="ROW")
-    parser.add_argument("--out", type=Path, default=PATH)
-    args = parser.parse_args()
-    record = Record(args.out)
+    args = arguments(__doc__, PATH)
+    record = Record(
+        args.out,
+        run,
+        OUTCOMES,
+        command="python tools/record_peft_gpt2.py",
+        precision="bfloat16 autocast, float32 weights",
+    )
     if args.again is not None:
         sys.exit(not record.again(args.again))
     pairs = [(t, m) for t in ("topics", "kjv") for m in ("lora", "full")]
     for task in ("topics", "kjv"):
-        record.row({"part": "final", "task": task, "method": "base", "seed": 0})
+        record.base({"task": task})
     for seeds in (SEEDS[:1], SEEDS[:2], SEEDS):  # one seed of all, then more
         for task, method in pairs:
-            record.compare(task, method, seeds)
+            setting = {"task": task, "method": method}
+            record.final(setting, record.best(setting, GUESS[method]), seeds)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,12 @@ the trained adapter (``merge``). Stopped runs go on where they were. ``--again
 N`` trains row N once more and fails unless every loss comes out the same.
 """
 
-import argparse
 import copy
 import logging
 import os
 import sys
 import time
 import warnings
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -35,19 +33,15 @@ import record_peft_gpt2  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from record_peft_gpt2 import (  # noqa: E402
-    BATCH,
     CONFIG,
     GUESS,
-    LENGTH,
-    RATES,
     SEEDS,
-    STEPS,
-    SWEEP_STEPS,
-    Made,
+    Record,
+    arguments,
     fit,
     scores,
 )
-from recording import RESULTS, Rows, best_rate  # noqa: E402
+from recording import RESULTS  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
@@ -67,19 +61,7 @@ from lora_from_scratch.nf4 import (  # noqa: E402
 )
 
 PATH = RESULTS / "qlora.json"
-OUTCOMES = {
-    "train_loss",
-    "validation_loss",
-    "test_loss",
-    "test_accuracy",
-    "old_loss",
-    "n_trainable",
-    "memory",
-    "memory_checkpointing",
-    "merge",
-    "step_seconds",
-    "cpu_seconds",
-}
+OUTCOMES = record_peft_gpt2.OUTCOMES | {"memory_checkpointing", "merge"}
 
 
 def build(method, bits, seed):
@@ -237,68 +219,33 @@ def merge(model, score):
     return {"test_loss": found, "layers": layers}
 
 
-class Record(Rows):
-    """The runs of the file: sweeps of the rate, and final runs."""
-
-    def __init__(self, path):
-        tasks = Made()
-        super().__init__(
-            path,
-            lambda setting: run(setting, tasks),
-            {
-                "command": "python tools/record_qlora.py",
-                "scale": "small",
-                "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-                "seeds": SEEDS,
-                "precision": "bfloat16 weights, float32 adapters",
-                "batch_size": BATCH,
-                "length": LENGTH,
-                "lora": CONFIG,
-            },
-            OUTCOMES,
-            ["cpu_seconds", "step_seconds"],
-        )
-
-    def best(self, task, method, bits):
-        """Return the best rate of seed 0."""
-        setting = {"task": task, "method": method, "bits": bits}
-        short = {"part": "sweep", **setting, "steps": SWEEP_STEPS, "seed": 0}
-
-        def loss(lr):
-            return self.row({**short, "lr": lr})["validation_loss"]
-
-        return best_rate(RATES, RATES.index(GUESS["lora"]), loss)
-
-    def final(self, task, method, bits, lr, seeds):
-        """Train with the seeds."""
-        for seed in seeds:
-            row = {"task": task, "method": method, "bits": bits}
-            row |= {"steps": STEPS, "lr": lr, "seed": seed}
-            self.row({"part": "final", **row})
-
-
 def main():
     """Record everything, or one row again."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--again", type=int, metavar="ROW")
-    parser.add_argument("--out", type=Path, default=PATH)
-    args = parser.parse_args()
-    record = Record(args.out)
+    args = arguments(__doc__, PATH)
+    record = Record(
+        args.out,
+        run,
+        OUTCOMES,
+        command="python tools/record_qlora.py",
+        precision="bfloat16 weights, float32 adapters",
+    )
     if args.again is not None:
         sys.exit(not record.again(args.again))
     for task in ("kjv", "topics"):
         for bits in (16, 4):
-            base = {"task": task, "method": "base", "bits": bits, "seed": 0}
-            record.row({"part": "final", **base})
-    pairs = [
-        (t, m) for t in ("kjv", "topics") for m in (("qlora", 4), ("lora", 16))
+            record.base({"task": task, "bits": bits})
+    settings = [
+        {"task": task, "method": method, "bits": bits}
+        for task in ("kjv", "topics")
+        for method, bits in (("qlora", 4), ("lora", 16))
     ]
     for seeds in (SEEDS[:1], SEEDS):
-        for task, method in pairs:
-            lr = record.best(task, *method)
-            record.final(task, *method, lr, seeds)
-    lr = record.best("kjv", "qlora", 4)
-    record.final("kjv", "peft", 4, lr, SEEDS)
+        for setting in settings:
+            lr = record.best(setting, GUESS["lora"])
+            record.final(setting, lr, seeds)
+    lr = record.best(settings[0], GUESS["lora"])
+    peft = {"task": "kjv", "method": "peft", "bits": 4}
+    record.final(peft, lr, SEEDS)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ function render({ model, el }) {
   const names = ["choose one", ...Object.keys(runs)];
   const measurement = menu("measured", "a measured run (LitGPT)",
     Object.fromEntries(names.map((name) => [name, name])),
-    (name) => name in runs ? choose(runs[name].when) : show());
+    (name) => choose(runs[name].when));
+  measurement.select.options[0].disabled = true; // a title, nothing to choose
   const rank = slider("r", "rank r");
   const batch = slider("batch", "sequences in a batch");
   const tokens = slider("tokens", "tokens in a sequence");
