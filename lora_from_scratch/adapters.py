@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from lora_from_scratch.inject import (
     add_lora,
     ends_with,
     lora_layers,
+    rank_and_scaling,
     remove_lora,
 )
 from lora_from_scratch.linear import LoRAEmbedding
@@ -55,6 +57,10 @@ TYPES = {
         ("init_r", "lora_alpha", "target_modules"),
         ("r", "rank_pattern", "init_lora_weights"),
     ),
+}
+FACTORS = {  # {end of A's key: end of B's}
+    ".lora_A.weight": ".lora_B.weight",
+    ".lora_embedding_A": ".lora_embedding_B",
 }
 # Keys that PEFT writes and that change nothing about the loaded adapter.
 HARMLESS = {
@@ -82,11 +88,16 @@ class Adapter:
 
     folder: Path
     config: Config
-    base_name: str | None
+    settings: dict  # adapter_config.json
     tensors: dict[str, Tensor]  # PEFT's keys without PREFIX
     kept: dict[str, list[bool]]  # AdaLoRA: triplets in the file, per layer
     base_sample: dict[str, list[float]] | None
     base_quantized: bool
+
+    @property
+    def base_name(self) -> str | None:
+        """The name of the model it was trained on, if the file says so."""
+        return self.settings.get("base_model_name_or_path")
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -112,12 +123,32 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         for k, v in _to_file(model, layers).items()
     }
     _check_finite(tensors, "the model; nothing was saved")
-    config = json.dumps(_peft_config(model, layers), indent=2) + "\n"
     sample = {n: _base_sample(layer) for n, layer in layers.items()}
     metadata = {"format": "pt", "base_sample": json.dumps(sample)}
     if _is_quantized(layers):
         metadata["base_quantized"] = "true"
+    write_adapter(folder, tensors, _peft_config(model, layers), metadata)
+
+
+def write_adapter(
+    folder: str | Path,
+    tensors: dict[str, Tensor],
+    settings: dict,
+    metadata: dict[str, str],
+) -> None:
+    """Write both files of an adapter, or leave ``folder`` as it is.
+
+    Args:
+        folder: made if it is not there.
+        tensors: {PEFT's key: tensor}, no two of which share memory.
+        settings: the content of adapter_config.json.
+        metadata: of the safetensors file.
+
+    Raises:
+        AdapterError: the folder cannot be written.
+    """
     folder = Path(folder)
+    config = json.dumps(settings, indent=2) + "\n"
     parts = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,15 +308,26 @@ def _base_name(model):
 
 @torch.no_grad()
 def _base_sample(layer):
-    """Return a few entries of W0, spread over the matrix (d_out, d_in)."""
+    """Return ``sample_weight`` of the W0 of a LoRA layer."""
     weight = layer.weight
-    if isinstance(weight, NF4Tensor):
-        weight = weight.dequantize()
-    elif isinstance(layer, PiSSALinear):
+    if isinstance(layer, PiSSALinear):
         (weight,) = layer.original
     elif layer.merged:
         weight = weight - layer.get_delta_weight()
-    flat = (weight.T if layer.transposed else weight).reshape(-1)
+    return sample_weight(weight, layer.transposed)
+
+
+@torch.no_grad()
+def sample_weight(weight: Tensor | NF4Tensor, transposed: bool) -> list[float]:
+    """Return a few entries of W0, spread over the matrix (d_out, d_in).
+
+    Args:
+        weight: as the base layer stores it, in four bits too.
+        transposed: True if that is (d_in, d_out).
+    """
+    if isinstance(weight, NF4Tensor):
+        weight = weight.dequantize()
+    flat = (weight.T if transposed else weight).reshape(-1)
     step = max(1, flat.numel() // SAMPLE)
     return [round(v, 6) for v in flat[::step][:SAMPLE].double().tolist()]
 
@@ -345,7 +387,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(
         folder,
         config,
-        settings.get("base_model_name_or_path"),
+        settings,
         {k.removeprefix(PREFIX): v for k, v in tensors.items()},
         _rank_pattern(folder, settings),
         json.loads(sample) if sample else None,
@@ -424,6 +466,53 @@ def _rank_pattern(folder, settings):
     return {key.rpartition(".")[0]: mask for key, mask in pattern.items()}
 
 
+def lora_factors(
+    adapter: Adapter,
+) -> dict[str, tuple[str, Tensor, Tensor, float]]:
+    """Return {module: (ending of A's key, A, B, scaling)} of plain LoRA.
+
+    For what adds ``scaling B A`` without a model at hand.
+
+    Raises:
+        AdapterError: a variant whose update is not ``scaling B A``, whole
+            modules beside it, half a pair, or factors of another rank than
+            the config says.
+    """
+    config, folder = adapter.config, adapter.folder
+    if type(config) is not LoRAConfig or config.use_dora:
+        kind = adapter.settings["peft_type"]
+        raise AdapterError(
+            f"{folder}: {'DoRA' if kind == 'LORA' else kind} is not a scaling "
+            "B A alone; only plain LoRA can be combined or share a batch: "
+            "merge this adapter into a model of its own"
+        )
+    if config.modules_to_save:
+        raise AdapterError(
+            f"{folder}: modules_to_save={list(config.modules_to_save)} are "
+            "whole copies, which are no scaling B A; leave them out"
+        )
+    found, left = {}, dict(adapter.tensors)
+    for key in adapter.tensors:
+        for end, end_B in FACTORS.items():
+            module = key.removesuffix(end)
+            if module == key or module + end_B not in left:
+                continue
+            A, B = left.pop(key), left.pop(module + end_B)
+            r, scaling = rank_and_scaling(config, module)
+            if A.ndim != 2 or B.ndim != 2 or not len(A) == B.shape[1] == r:
+                raise AdapterError(
+                    f"{folder}: {module} has factors {tuple(A.shape)} and "
+                    f"{tuple(B.shape)}, its config says rank {r}"
+                )
+            found[module] = end, A, B, scaling
+    if left:
+        raise AdapterError(
+            f"{folder}: {len(left)} tensor(s) are neither A nor B of a "
+            f"module: {', '.join(sorted(left)[:3])}"
+        )
+    return found
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Wrap a plain base model with the adapter in ``folder``, in place.
 
@@ -474,7 +563,8 @@ def _fill(model, adapter):
                 f"{tuple(tensors[key].shape)}, this model needs "
                 f"{tuple(place.shape)}"
             )
-    _check_base(model, layers, adapter)
+    samples = {n: _base_sample(layer) for n, layer in layers.items()}
+    check_base(adapter, model, samples, _is_quantized(layers))
     for key, place in places.items():
         place.copy_(tensors[key])
 
@@ -515,8 +605,23 @@ def _check_base_copy(name, layer, tensors, folder):
         )
 
 
-def _check_base(model, layers, adapter):
-    """Compare what the file remembers of its base model with this one."""
+def check_base(
+    adapter: Adapter,
+    model: nn.Module,
+    samples: Mapping[str, list[float]],
+    quantized: bool,
+) -> None:
+    """Compare what the file remembers of its base model with ``model``.
+
+    Args:
+        adapter: what was read.
+        model: the base model.
+        samples: {module: ``base_sample``} of the layers that it adapts.
+        quantized: True if they are in four bits.
+
+    Raises:
+        AdapterError: the weights differ by more than rounding.
+    """
     if adapter.base_sample is None:  # written by PEFT: only a name to go by
         there, here = adapter.base_name, _base_name(model)
         if there and here and Path(there).name != Path(here).name:
@@ -526,13 +631,13 @@ def _check_base(model, layers, adapter):
                 stacklevel=4,
             )
         return
-    there = [v for n in layers for v in adapter.base_sample.get(n, [])]
-    here = [v for layer in layers.values() for v in _base_sample(layer)]
+    there = [v for n in samples for v in adapter.base_sample.get(n, [])]
+    here = [v for sample in samples.values() for v in sample]
     if len(there) != len(here):
         raise AdapterError(f"{adapter.folder}: its base_sample is damaged")
     there, here = torch.tensor(there), torch.tensor(here)
-    quantized = adapter.base_quantized or _is_quantized(layers)
-    tolerance = NF4_TOLERANCE if quantized else TOLERANCE
+    four_bits = adapter.base_quantized or quantized
+    tolerance = NF4_TOLERANCE if four_bits else TOLERANCE
     if (there - here).norm() > tolerance * here.norm():
         raise AdapterError(
             f"{adapter.folder} was trained on another base model "

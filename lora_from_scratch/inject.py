@@ -10,7 +10,7 @@ import copy
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -51,14 +51,26 @@ def ends_with(name: str, endings: Sequence[str]) -> bool:
     return any(name == e or name.endswith(f".{e}") for e in endings)
 
 
-def match_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
+def match_targets(
+    model: nn.Module,
+    config: Config,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> dict[str, nn.Module]:
     """Return {name: module} for what ``config.target_modules`` selects.
+
+    Args:
+        model: whose modules are meant.
+        config: says which.
+        modules: {name: module} of the model, if they are known already, or
+            were before they were wrapped.
 
     Raises:
         ValueError: if an entry matches nothing (the message lists near
             names) or matches a module that is not a supported layer.
     """
-    modules = {n: m for n, m in model.named_modules() if n}
+    if modules is None:
+        modules = dict(model.named_modules())
+    modules = {n: m for n, m in modules.items() if n}
     if config.modules_to_save:
         kept = re.compile(
             rf"(.*\.)?({'|'.join(map(re.escape, config.modules_to_save))})"
@@ -144,7 +156,15 @@ def _from_pattern(pattern, name, default):
     return default
 
 
-def _replace(model, name, module):
+def rank_and_scaling(config: LoRAConfig, name: str) -> tuple[int, float]:
+    """Return r and scaling of the module ``name``, patterns included."""
+    r = _from_pattern(config.rank_pattern, name, config.r)
+    alpha = _from_pattern(config.alpha_pattern, name, config.lora_alpha)
+    return r, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` is in the model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -166,7 +186,7 @@ def add_lora(model: nn.Module, config: Config) -> nn.Module:
             a variant that does not fit a target.
         RuntimeError: the model has an adapter already, LoRA's or PEFT's.
     """
-    _check_plain(model)
+    check_plain(model)
     targets = match_targets(model, config)
     to_save = _match_modules_to_save(model, config)
     trainable = {p: p.requires_grad for p in model.parameters()}
@@ -193,9 +213,9 @@ def add_lora(model: nn.Module, config: Config) -> nn.Module:
             # stop there (bitsandbytes 0.50).
             module.support_avx512bf16_for_cpu = False
     for name, layer in wrapped.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     for name, module in copies.items():
-        _replace(model, name, module.requires_grad_(True))
+        replace_module(model, name, module.requires_grad_(True))
     model.lora_config = config
     model.lora_originals = to_save  # {name: frozen module}, a plain dict
     return model
@@ -238,7 +258,8 @@ def _wrapper(config, modules):
     return wrap
 
 
-def _check_plain(model):
+def check_plain(model: nn.Module) -> None:
+    """Raise RuntimeError if the model holds layers of ours or of PEFT."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             raise RuntimeError(
@@ -321,9 +342,9 @@ def remove_lora(model: nn.Module) -> None:
     for name, layer in _require_lora(model).items():
         if layer.merged:
             layer.unmerge()
-        _replace(model, name, layer.unwrap().train(layer.training))
+        replace_module(model, name, layer.unwrap().train(layer.training))
     for name, module in model.lora_originals.items():
-        _replace(model, name, module)
+        replace_module(model, name, module)
     del model.lora_config, model.lora_originals
 
 

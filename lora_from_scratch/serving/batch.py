@@ -1,18 +1,201 @@
-"""One batch, a different adapter in every row: the plain loop.
+"""One batch, a different adapter in every row.
 
     h_i = W0 x_i + b + s_a B_a A_a x_i    with a = the adapter of row i
 
-The base layer sees the whole batch once; then each adapter adds its update to
-its own rows. This is the reference that faster layers are measured against.
+The base layer sees the whole batch once. What is left is small, and there are
+four ways to add it: row by row (``add_by_row``), as one batched product over
+gathered copies (``add_bmm``), segment by segment of equal adapters
+(``add_segments``), or with the factors of all slots as one matrix whose wrong
+parts are masked (``add_masked``). ``Route`` picks one of the last two.
+
+The factors of n adapters lie in two stacks made once: ``lora_A`` (d_in, n, r)
+and ``lora_B`` (n, r, d_out), both transposed, B with its scaling inside: the
+products are x A and z B, and the slots side by side are one matrix without a
+copy. A smaller rank is filled up with zeros. ``MixedLoRALinear`` is the plain
+loop over ordinary LoRA layers, the reference for all of it.
 Source: Chen et al. 2023 (Punica), arXiv:2310.18547, section 3, eq. (1).
+Taught in: notebooks/14_batched_lora.ipynb
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.linear import LoRAConv1D, LoRALinear
+
+Slots = Sequence[int | None]  # of every row its slot, None for the base model
+
+
+def add_by_row(
+    h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, slots: Slots
+) -> None:
+    """Add each row's update to ``h`` in place, one row after the other.
+
+    Args:
+        h: output of the base layer (b, t, d_out), contiguous.
+        x: its input (b, t, d_in).
+        lora_A: factors (d_in, n, r), transposed.
+        lora_B: factors (n, r, d_out), transposed and scaled.
+        slots: b numbers below n, or None.
+    """
+    for i, slot in enumerate(slots):
+        if slot is not None:
+            h[i].addmm_(x[i] @ lora_A[:, slot], lora_B[slot])
+
+
+def add_bmm(
+    h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, slots: Slots
+) -> None:
+    """Add the updates by two batched products; arguments of ``add_by_row``.
+
+    Every row gets a copy of its factors first, which is what costs when a row
+    has one token: r (d_in + d_out) numbers are copied to be used once.
+    """
+    rows = [i for i, slot in enumerate(slots) if slot is not None]
+    if rows:
+        index = torch.tensor([slots[i] for i in rows], device=x.device)
+        rows = torch.tensor(rows, device=x.device)
+        z = x[rows] @ lora_A.transpose(0, 1)[index]  # (b', t, r)
+        h.index_add_(0, rows, z @ lora_B[index])
+
+
+def segments(slots: Slots) -> list[tuple[int, int, int]]:
+    """Return (first row, row after the last, slot) of equal neighbors.
+
+    Rows of the base model are in no segment.
+    """
+    found, start = [], 0
+    for slot, rows in groupby(slots):
+        stop = start + len(list(rows))
+        if slot is not None:
+            found.append((start, stop, slot))
+        start = stop
+    return found
+
+
+def add_segments(
+    h: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    found: Sequence[tuple[int, int, int]],
+) -> None:
+    """Add the updates segment by segment: views, no copies.
+
+    Args:
+        h: output of the base layer (b, t, d_out), contiguous.
+        x: its input (b, t, d_in), contiguous.
+        lora_A: factors (d_in, n, r), transposed.
+        lora_B: factors (n, r, d_out), transposed and scaled.
+        found: ``segments`` of the rows.
+    """
+    for start, stop, slot in found:
+        u = x[start:stop].view(-1, x.shape[-1])
+        z = u @ lora_A[:, slot]  # (rows of the segment * t, r)
+        h[start:stop].view(-1, h.shape[-1]).addmm_(z, lora_B[slot])
+
+
+def others(slots: Slots, tokens: int, r: int, device=None) -> Tensor:
+    """Return the mask (b t, used r) of what is not a row's own adapter's.
+
+    ``used`` is the highest slot among ``slots`` plus one: the slots behind it
+    need no work.
+    """
+    own = torch.tensor([-1 if s is None else s for s in slots], device=device)
+    used = torch.arange(int(own.max()) + 1, device=device)
+    mask = own[:, None] != used  # (b, used)
+    return mask.repeat_interleave(tokens, 0).repeat_interleave(r, 1)
+
+
+def add_masked(
+    h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor
+) -> None:
+    """Add the updates as one product with the factors of all slots.
+
+    z = x A_cat holds every adapter's z for every row. All but a row's own
+    is set to zero, so that B_cat adds its own update and nothing else. Set,
+    not multiplied: another adapter's infinity times zero would be NaN.
+
+    Args:
+        h: output of the base layer (b, t, d_out), contiguous.
+        x: its input (b, t, d_in), contiguous.
+        lora_A: factors (d_in, n, r), transposed.
+        lora_B: factors (n, r, d_out), transposed and scaled.
+        mask: ``others`` of the rows.
+    """
+    width = mask.shape[1]  # slots in use, times r
+    z = x.view(-1, x.shape[-1]) @ lora_A.flatten(1)[:, :width]
+    z.masked_fill_(mask, 0)
+    h.view(-1, h.shape[-1]).addmm_(z, lora_B.flatten(0, 1)[:width])
+
+
+class Route:
+    """Which slot each row of a batch uses, and which way is the fastest.
+
+    More segments than tokens in a row: one masked product, because a segment
+    costs two calls however small it is. Otherwise segments, because the
+    masked product computes every slot for every token.
+
+    Args:
+        slots: of every row its slot, None for the base model.
+        tokens: t, the same for every row.
+        r: rank of the stacks.
+        device: of the batch.
+    """
+
+    def __init__(self, slots: Slots, tokens: int, r: int, device=None):
+        self.shape = len(slots), tokens
+        self.segments = segments(slots)
+        self.mask = None
+        if tokens < len(self.segments):
+            self.mask = others(slots, tokens, r, device)
+
+    @property
+    def plan(self) -> str:
+        """Return "base", "segments" or "masked"."""
+        if self.mask is not None:
+            return "masked"
+        return "segments" if self.segments else "base"
+
+    def add(self, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor):
+        """Add the updates of the rows to ``h`` (b, t, d_out) in place."""
+        if self.mask is not None:
+            add_masked(h, x, lora_A, lora_B, self.mask)
+        else:
+            add_segments(h, x, lora_A, lora_B, self.segments)
+
+
+class SlotLoRALinear(nn.Module):
+    """A base layer and the slots of many adapters.
+
+    Without a route, or where no adapter has touched this layer, it is the
+    base layer. For inference: nothing here is trained.
+
+    Args:
+        base_layer: a linear layer, of any kind that LoRA wraps.
+        d_in: its inputs.
+        d_out: its outputs.
+        n: number of slots.
+        r: rank of a slot.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, d_in: int, d_out: int, n: int, r: int
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.d_in, self.d_out, self.n, self.r = d_in, d_out, n, r
+        self.lora_A = self.lora_B = self.route = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (b, t, d_in) to (b, t, d_out)."""
+        h = self.base_layer(x)
+        if self.route is None or self.lora_A is None:
+            return h
+        self.route.add(h, x, self.lora_A, self.lora_B)
+        return h
 
 
 class MixedLoRALinear(nn.Module):
