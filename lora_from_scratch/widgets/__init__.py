@@ -1,6 +1,7 @@
 """Widgets that work in a live notebook and on a page with no kernel."""
 
 from lora_from_scratch.widgets.ablation_explorer import AblationExplorer
+from lora_from_scratch.widgets.batch_scheduler import BatchScheduler
 from lora_from_scratch.widgets.memory_calculator import MemoryCalculator
 from lora_from_scratch.widgets.nf4_explorer import NF4Explorer
 from lora_from_scratch.widgets.rank_explorer import RankExplorer
@@ -8,6 +9,7 @@ from lora_from_scratch.widgets.variant_diagram import VariantDiagram
 
 __all__ = [
     "AblationExplorer",
+    "BatchScheduler",
     "MemoryCalculator",
     "NF4Explorer",
     "RankExplorer",
