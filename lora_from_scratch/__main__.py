@@ -1,5 +1,8 @@
 """The one command line of the course: python -m lora_from_scratch."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -98,6 +101,74 @@ def memory(
         raise typer.Exit(2) from error
     console = Console(highlight=False, markup=False)
     console.print(_ledgers(columns, f"{model}, {batch} x {tokens} tokens, GB"))
+
+
+@app.command()
+def serve(
+    base: str,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="May be given many times."),
+    ] = None,
+    host: str = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="0 takes a free one.")
+    ] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORA_SERVE_TOKEN",
+            help="What clients send as API key. The variable is safer: "
+            "others see your command line.",
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder from which clients may load adapters."),
+    ] = None,
+    max_adapters: Annotated[
+        int, typer.Option(min=1, help="Adapters in one batch.")
+    ] = 8,
+    max_rank: Annotated[int, typer.Option(min=1)] = 16,
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="Rows of one batch.")
+    ] = 16,
+) -> None:
+    """Serve BASE and its adapters over HTTP, as OpenAI's clients expect it.
+
+    BASE is a scale (tiny, small, full) or the folder of a checkpoint. Other
+    machines are let in only with a token. Exit status 2 for a model, an
+    adapter or an address that cannot be served.
+    """
+    from lora_from_scratch.serving import command
+
+    console = Console(stderr=True, highlight=False)
+    token = token or None
+    try:
+        bound = command.bind(host, port, token)
+        served = command.prepare(
+            base,
+            adapter or [],
+            token,
+            adapter_root,
+            console,
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            max_rows=max_rows,
+        )
+    except (ValueError, RuntimeError) as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    bound.listen()
+    address, port = bound.getsockname()[:2]
+    if ":" in address:
+        address = f"[{address}]"
+    console.print(
+        f"serving {base} on http://{address}:{port}/v1, ctrl-C stops",
+        soft_wrap=True,
+        markup=False,
+    )
+    command.run(served, bound)
 
 
 def _ledgers(columns, title) -> Table:

@@ -38,7 +38,7 @@ class Letters:
 
     eos_token_id = EOS
 
-    def __call__(self, text):
+    def __call__(self, text, verbose=False):
         """Return the ids of a text."""
         return {"input_ids": [LETTERS.index(c) for c in text]}
 

@@ -273,7 +273,8 @@ class Engine:
 
     def _ids(self, prompt):
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
+            # not verbose: we say ourselves what is too long
+            return self.tokenizer(prompt, verbose=False)["input_ids"]
         ids = list(prompt)
         n = self.model.get_input_embeddings().num_embeddings
         for i in ids:

@@ -30,6 +30,7 @@ from lora_from_scratch.adapters import (
     WEIGHTS,
     AdapterError,
     check_base,
+    is_finite,
     lora_factors,
     read_adapter,
     sample_weight,
@@ -304,7 +305,7 @@ class AdapterSlots:
             raise AdapterError(
                 f"{folder}: {what} {strange[0]} ({len(strange)} such layers)"
             )
-        factors = {}
+        factors, new = {}, dict(device=self.device, dtype=self.model.dtype)
         for name, (_, A, B, scaling) in pairs.items():
             layer = self.layers.get(name)
             if layer is None:
@@ -323,8 +324,7 @@ class AdapterSlots:
                     f"{folder}: rank {len(A)} at {name} is more than the "
                     f"server's max_rank {self.max_rank}"
                 )
-            new = dict(device=self.device, dtype=self.model.dtype)
-            factors[name] = A.to(**new), (scaling * B.T).to(**new)
+            factors[name] = A.to(**new), (scaling * B).to(**new).T
         check_base(
             adapter,
             self.model,
@@ -336,7 +336,7 @@ class AdapterSlots:
 
     def _check_range(self, folder, factors):
         for name, pair in factors.items():
-            if not all(torch.isfinite(part).all() for part in pair):
+            if not all(is_finite(part) for part in pair):
                 raise AdapterError(
                     f"{folder}: values at {name} are too large for the "
                     f"model's {self.model.dtype}"
