@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_from_scratch.adapters import (
     CONFIG,
@@ -190,6 +190,7 @@ class AdapterSlots:
                 self.evicted.append(self.resident[slot].name)
                 self.counts["evictions"] += 1
                 del self.recent[self.resident[slot]]
+                self.resident[slot] = None
             self._fill(slot, factors)
             self.resident[slot] = entry
             self.recent[entry] = slot
@@ -228,15 +229,15 @@ class AdapterSlots:
                 if layer.lora_A is not None:
                     layer.lora_B[slot] = 0
                 continue
-            A, B = factors[name]
+            A, B, scaling = factors[name]
             if layer.lora_A is None:
                 n, r = self.max_adapters, self.max_rank
                 layer.lora_A = A.new_zeros(layer.d_in, n, r)
                 layer.lora_B = B.new_zeros(n, r, layer.d_out)
-            r = len(B)
+            r = len(A)
             layer.lora_A[:, slot, :r] = A.T
             layer.lora_A[:, slot, r:] = 0
-            layer.lora_B[slot, :r] = B
+            torch.mul(B.T, scaling, out=layer.lora_B[slot, :r])
             layer.lora_B[slot, r:] = 0
 
     def route(self, slots: Slots, tokens: int) -> Route:
@@ -273,7 +274,9 @@ class AdapterSlots:
                 f"the files of adapter {entry.name!r} in {entry.folder} were "
                 "changed since it was loaded; unload it and load it again"
             )
-        factors = self._read(entry.folder)
+        # the same files as then, so they need no second check
+        self.counts["disk_loads"] += 1
+        factors = self._convert(lora_factors(read_adapter(entry.folder)))
         self._keep(entry, factors)
         return factors
 
@@ -283,9 +286,8 @@ class AdapterSlots:
         while sum(e.nbytes for e in self.cache) > self.cache_bytes:
             self.cache.popitem(last=False)
 
-    @torch.no_grad()
-    def _read(self, folder) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return {layer: (A (r, d_in), scaling B^T (r, d_out))}, checked."""
+    def _read(self, folder):
+        """Return the factors of an adapter that can be served."""
         self.counts["disk_loads"] += 1
         adapter = read_adapter(folder)
         pairs = lora_factors(adapter)
@@ -297,60 +299,62 @@ class AdapterSlots:
             ) from error
         strange = sorted(set(pairs) ^ set(targets))
         if strange:
-            what = (
-                "no factors in the file for"
-                if strange[0] in targets
-                else ("its config does not name")
-            )
+            what = "its config does not name"
+            if strange[0] in targets:
+                what = "no factors in the file for"
             raise AdapterError(
                 f"{folder}: {what} {strange[0]} ({len(strange)} such layers)"
             )
-        factors, new = {}, dict(device=self.device, dtype=self.model.dtype)
-        for name, (_, A, B, scaling) in pairs.items():
-            layer = self.layers.get(name)
-            if layer is None:
-                raise AdapterError(
-                    f"{folder} adapts {name}, which is no linear layer; a "
-                    "mixed batch cannot serve it: merge it into a model"
-                )
-            if (A.shape[1], len(B)) != (layer.d_in, layer.d_out):
-                raise AdapterError(
-                    f"{folder}: factors {tuple(A.shape)} and "
-                    f"{tuple(B.shape)} do not fit {name}, which has "
-                    f"{layer.d_in} inputs and {layer.d_out} outputs"
-                )
-            if len(A) > self.max_rank:
-                raise AdapterError(
-                    f"{folder}: rank {len(A)} at {name} is more than the "
-                    f"server's max_rank {self.max_rank}"
-                )
-            factors[name] = A.to(**new), (scaling * B).to(**new).T
-        check_base(
-            adapter,
-            self.model,
-            {name: self.samples[name] for name in factors},
-            self.quantized,
-        )
-        self._check_range(folder, factors)
-        return factors
-
-    def _check_range(self, folder, factors):
-        for name, pair in factors.items():
-            if not all(is_finite(part) for part in pair):
+        for name, (_, A, B, _) in pairs.items():
+            self._check_shapes(folder, name, A, B)
+        samples = {name: self.samples[name] for name in pairs}
+        check_base(adapter, self.model, samples, self.quantized)
+        factors = self._convert(pairs)
+        for name, (A, B, scaling) in factors.items():
+            # zero times another row's infinity would be NaN
+            if not (is_finite(A) and is_finite(scaling * B)):
                 raise AdapterError(
                     f"{folder}: values at {name} are too large for the "
                     f"model's {self.model.dtype}"
                 )
+        return factors
+
+    def _check_shapes(self, folder, name, A, B):
+        layer = self.layers.get(name)
+        if layer is None:
+            raise AdapterError(
+                f"{folder} adapts {name}, which is no linear layer; a mixed "
+                "batch cannot serve it: merge it into a model"
+            )
+        if (A.shape[1], len(B)) != (layer.d_in, layer.d_out):
+            raise AdapterError(
+                f"{folder}: factors {tuple(A.shape)} and {tuple(B.shape)} do "
+                f"not fit {name}, which has {layer.d_in} inputs and "
+                f"{layer.d_out} outputs"
+            )
+        if len(A) > self.max_rank:
+            raise AdapterError(
+                f"{folder}: rank {len(A)} at {name} is more than the "
+                f"server's max_rank {self.max_rank}"
+            )
+
+    def _convert(self, pairs):
+        """Return {layer: (A, B, scaling)} as the model computes."""
+        new = dict(device=self.device, dtype=self.model.dtype)
+        return {
+            name: (A.to(**new), B.to(**new), scaling)
+            for name, (_, A, B, scaling) in pairs.items()
+        }
 
 
 def _nbytes(factors):
-    return sum(A.nbytes + B.nbytes for A, B in factors.values())
+    return sum(A.nbytes + B.nbytes for A, B, _ in factors.values())
 
 
 def _state(folder):
-    """Return size and time of the files of an adapter folder."""
+    """Return what changes when a file of an adapter folder is written to."""
     try:
         stats = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
     except OSError:
         return ()  # the reader will say what is wrong
-    return tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats)
+    return tuple((s.st_size, s.st_ctime_ns, s.st_ino) for s in stats)
