@@ -25,11 +25,12 @@ check check-portable notebooks test book html: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html serve lab check test notebooks check-portable \
-	check-colab newest bench clean
+	check-colab newest bench outside-vllm outside-ray outside-torchrun \
+	outside-openai clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
-		awk -F ':.*## ' '{ printf "make %-15s %s\n", $$1, $$2 }'
+		awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 setup: $(PACKAGES) $(BROWSER)  ## make .venv with everything in it, browser too
 
@@ -77,9 +78,32 @@ newest:  ## check with the newest torch, transformers, ... in its own .venv
 	sed -E 's/^($(LOOSE))==.*/\1/' requirements.txt > .newest.txt
 	$(MAKE) check VENV=.venv-newest REQUIREMENTS=.newest.txt
 
-bench: $(PACKAGES)  ## time the layers against PEFT, in 16 and in 4 bits
+bench: $(PACKAGES)  ## time the layers against PEFT: 16 bits, 4, mixed batches
 	OMP_NUM_THREADS=1 $(BIN)/python bench/against_peft.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/qlora.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/mixed_batch.py
+
+# Our adapters in other systems, most in an environment of their own; no part
+# of `make check`. The last results stand on a page of the book.
+OUTSIDE := outside-vllm outside-ray outside-torchrun outside-openai
+$(OUTSIDE): export OMP_NUM_THREADS ?= 1
+$(OUTSIDE): export LORA_PROGRESS = 0
+
+outside-vllm: .venv-outside-vllm/.packages  ## our adapters in vLLM (3.5 GB)
+	$(<D)/bin/python tests/outside/vllm_greedy.py
+	$(<D)/bin/python tools/outside_page.py
+
+outside-ray: .venv-outside-ray/.packages  ## our engine in Ray Serve (1.6 GB)
+	$(<D)/bin/python tests/outside/ray_replicas.py
+	$(<D)/bin/python tools/outside_page.py
+
+outside-torchrun: .venv-outside-torchrun/.packages  ## LoRA on two processes
+	$(<D)/bin/torchrun --nproc_per_node 2 tests/outside/torchrun_lora.py
+	$(<D)/bin/python tools/outside_page.py
+
+outside-openai: $(PACKAGES)  ## OpenAI's client against our server
+	$(BIN)/python tests/outside/openai_client.py
+	$(BIN)/python tools/outside_page.py
 
 clean:  ## remove what was built, keep .venv
 	rm -rf _build .newest.txt .pytest_cache .ruff_cache .hypothesis
@@ -101,6 +125,22 @@ $(PACKAGES): $(REQUIREMENTS) pyproject.toml
 		echo "No CPU build of torch at pytorch.org; taking PyPI's"
 	@$(PIP) -r $(REQUIREMENTS)
 	@$(BIN)/python -c 'import matplotlib.font_manager' # its first run warns
+	@touch $@
+
+# These run without a GPU, so they take the CPU build of torch anyhow. vLLM
+# asks for three packages that its CPU build cannot import beside that torch.
+.venv-outside-%/.packages: tests/outside/requirements-%.txt
+	@echo "Installing into $(@D): some minutes, once"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25' setuptools
+	@$(@D)/bin/python -m pip install --quiet --quiet --no-deps --retries 0 \
+		--timeout 10 --index-url https://download.pytorch.org/whl/cpu \
+		$$(grep -E '^torch==' requirements.txt) || \
+		echo "No CPU build of torch at pytorch.org; looking elsewhere"
+	@$(@D)/bin/python -m pip install --quiet -r $<
+	@$(@D)/bin/python -m pip uninstall --quiet --quiet --yes \
+		torchvision torchaudio torchcodec
+	@$(@D)/bin/python -m pip install --quiet --quiet --no-deps -e .
 	@touch $@
 
 $(BROWSER): tools/find_chromium.py | $(PACKAGES)
