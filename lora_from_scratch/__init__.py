@@ -15,6 +15,7 @@ from lora_from_scratch.inject import (
     unmerge_lora,
 )
 from lora_from_scratch.linear import LoRAConv1D, LoRAEmbedding, LoRALinear
+from lora_from_scratch.merging import combine
 from lora_from_scratch.models import load_base
 from lora_from_scratch.nf4 import (
     NF4Linear,
@@ -22,17 +23,21 @@ from lora_from_scratch.nf4 import (
     quantize_model,
     quantize_nf4,
 )
+from lora_from_scratch.serving.engine import Engine
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
+    "Engine",
     "LoRAConfig",
     "LoRAConv1D",
     "LoRAEmbedding",
     "LoRALinear",
     "NF4Linear",
     "add_lora",
+    "combine",
     "count_parameters",
+    "create_app",
     "dequantize_model",
     "load_adapter",
     "load_base",
@@ -44,3 +49,12 @@ __all__ = [
     "save_adapter",
     "unmerge_lora",
 ]
+
+
+def __getattr__(name):
+    """Import the server when it is asked for: few need it, and it is slow."""
+    if name == "create_app":
+        from lora_from_scratch.serving.app import create_app
+
+        return create_app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
