@@ -107,6 +107,24 @@ DATASETS = {
             "O",
         ),
     ),
+    "qa": Dataset(
+        what="SQuAD, questions about paragraphs of Wikipedia",
+        parts={"train": "qa_train.jsonl", "test": "qa_test.jsonl"},
+        fields={
+            "article": "title on Wikipedia",
+            "context": "one or more sentences of it",
+            "question": "one that the context answers",
+            "answers": "words of the context: the answer given most often, "
+            "then the others",
+        },
+        origin="SQuAD 1.1, development part (Rajpurkar and others 2016, "
+        "arXiv:1606.05250), as the sdist bigbench 1.0.0 has it",
+        licence="CC BY-SA 4.0",
+        left_out="sentences far from the answer, so that a context has at "
+        "most 340 characters; answers of more than 40 and questions of more "
+        "than 150; of the rest about one in five is kept. No article is in "
+        "both parts",
+    ),
     "held_out": Dataset(
         what="the tiny model's own five domains, unseen in training",
         parts={"test": "held_out.jsonl"},

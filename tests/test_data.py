@@ -91,6 +91,47 @@ def test_every_token_of_an_address_has_a_known_tag():
             assert set(row["tags"]) <= set(DATASETS["addresses"].labels)
 
 
+def test_questions_are_answered_by_their_context():
+    for part, n in (("train", 1500), ("test", 300)):
+        rows = load_data("qa", part)
+        assert len(rows) == n
+        for row in rows:
+            assert row["question"].endswith("?")
+            assert len(row["context"]) <= 340
+            assert row["answers"] == list(dict.fromkeys(row["answers"]))
+            assert all(answer in row["context"] for answer in row["answers"])
+
+
+def test_questions_of_one_article_are_in_one_part():
+    articles, contexts = (
+        [{row[field] for row in load_data("qa", p)} for p in ("train", "test")]
+        for field in ("article", "context")
+    )
+    assert not articles[0] & articles[1] and not contexts[0] & contexts[1]
+    assert [len(a) for a in articles] == [39, 8]
+
+
+def test_contexts_are_whole_sentences_around_the_answer(monkeypatch):
+    from tools import make_data
+
+    first, middle = "Alpha began.", "Dr. Beta of the U.S. Army went on."
+    last = "Gamma said no. Delta ended it!"
+    text = f"{first} {middle}  {last}"
+    start = text.index("Beta")
+
+    def cut(limit):
+        monkeypatch.setattr(make_data, "CONTEXT", limit)
+        return make_data.cut_context(text, start, start + len("Beta of"))
+
+    assert cut(len(middle) - 1) is None
+    assert cut(len(middle)) == middle  # no end after "Dr." or "U.S."
+    assert cut(len(f"{first} {middle}")) == f"{first} {middle}"
+    assert cut(len(text) - 1) == text.removesuffix(" Delta ended it!")
+    assert cut(len(text)) == text
+    over_two = text.index("U.S."), text.index("Gamma") + 5
+    assert make_data.cut_context(text, *over_two) == text
+
+
 def test_held_out_text_covers_the_five_domains():
     domains = {row["domain"] for row in load_data("held_out", "test")}
     assert domains == {"sotu", "moby", "wordnet", "austen", "wikipedia"}
@@ -102,6 +143,7 @@ def test_licences_lie_beside_the_data():
         "NOTICE.md",
         "WORDNET-LICENSE.txt",
         "USADDRESS-LICENSE.txt",
+        "SQUAD-LICENSE.txt",
     } <= names
 
 

