@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from adapters_on_disk import save
-from helpers import gpt2, llama
+from helpers import gpt2, ids, llama
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -71,6 +71,51 @@ def test_a_slot_holds_the_dW_of_its_adapter_whatever_was_there(slots):
             assert_close(dW, expected.get(name, torch.zeros_like(dW)))
         assert set(expected) <= set(in_slot(slots, slot))
         slots.release(entry)
+
+
+def test_an_evicted_adapter_leaves_no_factor_behind(tmp_path):
+    model = llama(torch.float32)
+    wide = save(model, tmp_path / "wide", 1)
+    save(model, tmp_path / "narrow", 2, target_modules=["q_proj"])
+
+    def grow(tensors):  # finite, but x A is not
+        for key in tensors:
+            if "lora_A" in key:
+                tensors[key] *= 1e38
+
+    edit_weights(wide, grow)
+    slots = AdapterSlots(model, 1, 6)
+    for name in ("wide", "narrow"):
+        slots.register(name, tmp_path / name)
+        slot = slots.acquire(slots.find(name))
+        slots.release(slots.find(name))
+    slots.route([slot], 7)
+    expected = load_adapter(llama(torch.float32), tmp_path / "narrow")
+    with torch.no_grad():
+        found = model(ids()[:1]).logits
+        assert_close(found, expected(ids()[:1]).logits)
+
+
+@pytest.mark.parametrize("spoil", ["overwritten", "cut short"])
+def test_a_file_spoiled_in_place_cannot_reach_the_cache(slots, spoil):
+    entry = slots.find("a0")
+    slot = slots.acquire(entry)
+    before = {n: dW.clone() for n, dW in in_slot(slots, slot).items()}
+    slots.release(entry)
+    path = entry.folder / WEIGHTS
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if spoil == "cut short":
+            file.truncate(100)
+        else:
+            file.seek(size // 2)
+            file.write(b"\xff" * (size - size // 2))
+    for name in ("a1", "a2"):  # evict it, so that it is copied again
+        slots.acquire(slots.find(name))
+        slots.release(slots.find(name))
+    slot = slots.acquire(entry)
+    for name, dW in in_slot(slots, slot).items():
+        assert torch.equal(dW, before.get(name, torch.zeros_like(dW)))
 
 
 def test_who_is_evicted_follows_the_least_recent_use(slots, tmp_path):
@@ -148,6 +193,10 @@ def test_a_name_that_is_forgotten_frees_its_slot_when_unused(slots):
     slots.release(entry)
     assert entry not in slots.resident
     assert entry not in slots.cache
+    slots.acquire(entry)  # for a request that was accepted before
+    assert entry in slots.resident and entry not in slots.cache
+    slots.release(entry)
+    assert entry not in slots.resident
     with pytest.raises(UnknownAdapter, match="no adapter 'a0'; loaded: a1"):
         slots.find("a0")
 

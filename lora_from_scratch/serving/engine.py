@@ -392,7 +392,6 @@ class Engine:
         """Return what ``trace`` says of a step, before its rows leave."""
         lengths = [len(r.prompt) + len(r.token_ids) - 1 for r in batch]
         prompts = [len(r.prompt) for r in joined]
-        evicted, self.slots.evicted = self.slots.evicted, []
         return {
             "step": self._counts["steps"],
             "joined": [
@@ -407,13 +406,14 @@ class Engine:
                 len(prompts) * max(prompts, default=0),
             ],
             "kv_tokens": [sum(lengths), len(lengths) * max(lengths)],
-            "evicted": evicted,
+            "evicted": self.slots.evicted,
             "plan": plan[0],
             "runs": plan[1],
         }
 
     def _admit(self, left):
         """Take waiting requests, in order, while rows and slots are free."""
+        self.slots.evicted = []
         for request in [r for r in self.waiting if r.cancelled]:
             self.waiting.remove(request)
             self._finish(request, "cancelled")

@@ -226,7 +226,8 @@ class AdapterSlots:
         """Copy factors into a slot; zeros where there are none."""
         for name, layer in self.layers.items():
             if name not in factors:
-                if layer.lora_A is not None:
+                if layer.lora_A is not None:  # both: 0 times infinity is NaN
+                    layer.lora_A[:, slot] = 0
                     layer.lora_B[slot] = 0
                 continue
             A, B, scaling = factors[name]
@@ -236,9 +237,10 @@ class AdapterSlots:
                 layer.lora_B = B.new_zeros(n, r, layer.d_out)
             r = len(A)
             layer.lora_A[:, slot, :r] = A.T
-            layer.lora_A[:, slot, r:] = 0
             torch.mul(B.T, scaling, out=layer.lora_B[slot, :r])
-            layer.lora_B[slot, r:] = 0
+            if r < self.max_rank:
+                layer.lora_A[:, slot, r:] = 0
+                layer.lora_B[slot, r:] = 0
 
     def route(self, slots: Slots, tokens: int) -> Route:
         """Let the next forward pass use ``slots``; return how."""
@@ -276,12 +278,15 @@ class AdapterSlots:
             )
         # the same files as then, so they need no second check
         self.counts["disk_loads"] += 1
-        factors = self._convert(lora_factors(read_adapter(entry.folder)))
+        adapter = read_adapter(entry.folder, checked=True)
+        factors = self._convert(lora_factors(adapter))
         self._keep(entry, factors)
         return factors
 
     def _keep(self, entry, factors):
         """Cache factors; the least recently used make room."""
+        if self.registered.get(entry.name) is not entry:
+            return  # forgotten: only rows that still wait for it ask
         self.cache[entry] = factors
         while sum(e.nbytes for e in self.cache) > self.cache_bytes:
             self.cache.popitem(last=False)
