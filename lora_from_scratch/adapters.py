@@ -387,7 +387,7 @@ def read_adapter(folder: str | Path, checked: bool = False) -> Adapter:
     try:
         # read, not mapped: who cuts the file short later must not cut these
         data = path.read_bytes()
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))
         n = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + n]).get("__metadata__", {})
     except (SafetensorError, OSError) as error:
