@@ -420,16 +420,27 @@ def test_a_step_that_fails_tells_its_requests_and_the_next_one_runs(
     world, monkeypatch
 ):
     engine = world[2]
-    request = engine.submit("the", "a1", 4)
+    request = engine.submit("the whale", "a1", 4)
+    engine.step()
+
+    def fail(**_):  # after it has written what no mask can hide
+        engine.cache.keys[0].fill_(torch.nan)
+        engine.cache.values[0].fill_(torch.nan)
+        return 1 / 0
+
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model, "forward", lambda **_: 1 / 0)
+        patch.setattr(engine.model, "forward", fail)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     with pytest.raises(RuntimeError, match="generation failed: division"):
         request.completion()
     assert not engine.slots.users
-    got = engine.generate(["the"], ["a1"], 4)[0].token_ids
-    assert got == alone(world, "the", "a1", 4)
+    # rows of two lengths: the shorter one reads behind its end
+    asked = ["the", "the whale"], ["a1", None]
+    for found, prompt, name in zip(
+        engine.generate(*asked, 4), *asked, strict=True
+    ):
+        assert found.token_ids == alone(world, prompt, name, 4)
 
 
 def test_a_listener_that_fails_loses_its_own_request_only(world):
@@ -497,6 +508,8 @@ def test_generate_refuses_all_if_one_is_bad(world):
     engine = world[2]
     with pytest.raises(UnknownAdapter, match="no adapter 'nobody'"):
         engine.generate(["the", "a"], ["a1", "nobody"], 3)
+    with pytest.raises(TypeError):
+        engine.generate(["the", None], ["a1", None], 3)
     with pytest.raises(ValueError, match="2 prompts need 2 adapters, got 1"):
         engine.generate(["the", "a"], ["a1"], 3)
     while engine.step():

@@ -255,7 +255,7 @@ class Engine:
                 requests.append(
                     self._queue(self._ids(pair[0]), pair[1], sampling)
                 )
-        except ValueError:
+        except Exception:
             for request in requests:
                 self.cancel(request)
             raise
@@ -367,6 +367,7 @@ class Engine:
                     self._append(request, token)
             except Exception as error:
                 self.rows = []
+                self.cache.clear()
                 for request in batch:
                     request.error = RuntimeError(f"generation failed: {error}")
                     self._finish(request, "error")

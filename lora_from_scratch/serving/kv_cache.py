@@ -77,6 +77,12 @@ class KVCache:
                 store[row] = store[last]
                 store[last] = 0
 
+    def clear(self) -> None:
+        """Forget all rows: a step that failed may have left anything."""
+        for store in (*self.keys, *self.values):
+            if store is not None:
+                store.zero_()
+
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions and mask are given, not counted."""
         return 0
