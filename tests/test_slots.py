@@ -1,6 +1,7 @@
 """Adapters on their way from disk to a slot, and back out."""
 
 import json
+import os
 import random
 import shutil
 
@@ -116,6 +117,15 @@ def test_a_file_spoiled_in_place_cannot_reach_the_cache(slots, spoil):
     slot = slots.acquire(entry)
     for name, dW in in_slot(slots, slot).items():
         assert torch.equal(dW, before.get(name, torch.zeros_like(dW)))
+
+
+def test_a_link_to_the_files_or_other_rights_are_no_change(slots, tmp_path):
+    entry = slots.find("a0")
+    slots.cache.clear()  # it has to be read again
+    os.link(entry.folder / WEIGHTS, tmp_path / "backup")
+    (entry.folder / WEIGHTS).chmod(0o400)
+    assert slots.acquire(entry) is not None
+    assert slots.counts["cache_hits"] == 0
 
 
 def test_who_is_evicted_follows_the_least_recent_use(slots, tmp_path):

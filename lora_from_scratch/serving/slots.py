@@ -362,4 +362,4 @@ def _state(folder):
         stats = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
     except OSError:
         return ()  # the reader will say what is wrong
-    return tuple((s.st_size, s.st_ctime_ns, s.st_ino) for s in stats)
+    return tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats)
