@@ -1,8 +1,10 @@
 """Rows that join, run and leave give what they would give alone."""
 
+import gc
 import itertools
 import shutil
 import threading
+import weakref
 
 import pytest
 import torch
@@ -390,6 +392,24 @@ def test_a_file_that_changed_fails_its_requests_only(tmp_path):
     shutil.rmtree(tmp_path / "a1")
     with pytest.raises(AdapterError, match="were changed since"):
         engine.generate(["the"], ["a1"], 5)
+
+
+def test_a_request_that_is_done_lets_its_listener_go(world):
+    class Listener:  # like one that serves a client: it knows its request
+        def hear(self, piece):
+            self.text = piece.text
+
+    engine, listener = world[2], Listener()
+    listener.request = engine.submit("the", "a1", 3, on_piece=listener.hear)
+    while engine.step():
+        pass
+    gone = weakref.ref(listener)
+    gc.disable()  # a server with much in memory collects cycles rarely
+    try:
+        del listener
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_thread_serves_callers_of_many_threads(world):

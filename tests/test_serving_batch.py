@@ -90,7 +90,7 @@ def test_bad_calls_name_the_mistake():
         MixedLoRALinear({"d": dora})
 
 
-# -- stacks of slots: four ways of adding the same updates ---------------------
+# -- stacks of slots: five ways of adding the same updates ---------------------
 
 N, R, RANKS = 3, 4, (2, 4, 3)
 WAYS = {
@@ -102,7 +102,10 @@ WAYS = {
     "masked": lambda h, x, A, B, slots: batch.add_masked(
         h, x, A, B, batch.others(slots, x.shape[1], R)
     ),
-    "route": lambda h, x, A, B, slots: batch.Route(slots, x.shape[1], R).add(
+    "slots": lambda h, x, A, B, slots: batch.add_by_slot(
+        h, x, A, B, batch.places(slots)
+    ),
+    "route": lambda h, x, A, B, slots: batch.Route(slots, x.shape[1]).add(
         h, x, A, B
     ),
 }
@@ -113,12 +116,12 @@ def stacks(dtype=torch.float64):
     torch.manual_seed(1)
     base = nn.Linear(D_IN, D_OUT).to(dtype)
     layers = [LoRALinear(base, r, 6.0) for r in RANKS]
-    A, B = torch.zeros(D_IN, N, R), torch.zeros(N, R, D_OUT)
+    A, B = torch.zeros(N, R, D_IN), torch.zeros(N, R, D_OUT)
     A, B = A.to(dtype), B.to(dtype)
     for slot, (layer, r) in enumerate(zip(layers, RANKS, strict=True)):
         nn.init.normal_(layer.lora_B)
         layer.to(dtype)
-        A[:, slot, :r] = layer.lora_A.T
+        A[slot, :r] = layer.lora_A
         B[slot, :r] = layer.scaling * layer.lora_B.T
     return base, layers, A, B
 
@@ -154,10 +157,26 @@ def test_law_7_each_way_keeps_every_bit_of_base_rows(way, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_base_of_16_bits_takes_stacks_of_32(way, tokens):
+    base, layers, A, B = stacks(torch.float32)
+    x = torch.randn(5, tokens, D_IN)
+    h = base(x).bfloat16()
+    x = x.bfloat16()
+    WAYS[way](h, x, A, B, (2, 0, None, 2, 1))
+    for i, slot in enumerate((2, 0, None, 2, 1)):
+        right = base(x[i].float())
+        if slot is not None:
+            right = dense(layers[slot], x[i].float())
+        assert_close(h[i].float(), right, rtol=0.02, atol=0.05)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 def test_an_overflow_in_one_row_stays_there(way):
     base, layers, A, B = stacks(torch.float32)
-    A[:, 0] = 1e38  # finite, but x A is not
+    A[0] = 1e38  # finite, but x A is not
     x = torch.ones(4, 1, D_IN)
     h = base(x)
     WAYS[way](h, x, A, B, (1, 0, None, 2))
@@ -173,18 +192,31 @@ def test_segments_are_runs_of_equal_neighbors():
     assert batch.segments([None]) == []
 
 
+def test_rows_find_a_place_in_their_slot():
+    slots = [None, 2, 0, 2, None, 2]
+    found = batch.places(slots)
+    assert (found.used, found.k) == (3, 3)
+    assert sorted(found.rows.tolist()) == [1, 2, 3, 5]
+    assert found.source[found.filled].tolist() == found.rows.tolist()
+    own = [slots[row] for row in found.rows.tolist()]
+    assert own == [place // 3 for place in found.filled.tolist()]
+    assert batch.places([1, 0, 1, 0]).filled is None
+
+
 @pytest.mark.parametrize(
     ("slots", "tokens", "plan"),
     [
         ([None, None], 1, "base"),
         ([0, 0, None], 1, "segments"),
-        ([0, 1], 1, "masked"),
+        ([0, 1], 1, "slots"),
         ([0, 1], 2, "segments"),
-        ([0, 1, 0], 2, "masked"),
+        ([0, 1, 0], 2, "slots"),
     ],
 )
-def test_a_route_masks_when_segments_are_more_than_tokens(slots, tokens, plan):
-    assert batch.Route(slots, tokens, R).plan == plan
+def test_a_route_takes_slots_when_segments_are_more_than_tokens(
+    slots, tokens, plan
+):
+    assert batch.Route(slots, tokens).plan == plan
 
 
 def test_a_slot_layer_is_its_base_layer_until_an_adapter_comes():
@@ -192,5 +224,5 @@ def test_a_slot_layer_is_its_base_layer_until_an_adapter_comes():
     layer = batch.SlotLoRALinear(base, D_IN, D_OUT, N, R)
     x = torch.randn(2, TOKENS, D_IN)
     assert torch.equal(layer(x), base(x))
-    layer.route = batch.Route([0, 1], TOKENS, R)
+    layer.route = batch.Route([0, 1], TOKENS)
     assert torch.equal(layer(x), base(x))

@@ -51,7 +51,7 @@ def slots(tmp_path):
 def in_slot(slots, slot):
     """Return {layer: dW} of what a slot holds now."""
     return {
-        name: (layer.lora_A[:, slot] @ layer.lora_B[slot]).T
+        name: (layer.lora_A[slot].T @ layer.lora_B[slot]).T
         for name, layer in slots.layers.items()
         if layer.lora_A is not None
     }

@@ -393,7 +393,7 @@ def test_the_script_schedules_as_python_does(page):
         keys = list(expected[0])
         assert [{k: now[k] for k in keys} for now in steps] == expected
         plans |= {now["plan"] for now in expected}
-    assert len(grid) == 162 and plans == {None, "base", "segments", "masked"}
+    assert len(grid) == 162 and plans == {None, "base", "segments", "slots"}
 
 
 def show(widget, step):

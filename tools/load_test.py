@@ -57,6 +57,13 @@ SLOTS, ROWS = 8, 16  # fewer than adapters and clients: both must wait
 SWAP_SECONDS = 0.5  # between an unload and the next
 GAP = 1e-3
 TOKEN = "only-for-this-test"
+ENVIRONMENT = {
+    "LORA_SERVE_TOKEN": TOKEN,
+    "OMP_NUM_THREADS": "1",
+    # one pool of free memory: with one for each thread, glibc's default, the
+    # process grows for minutes although nothing is kept
+    "MALLOC_ARENA_MAX": "1",
+}
 BASE = "tiny-gpt2"
 
 
@@ -137,7 +144,7 @@ def server(root):
     command += ["--max-adapters", str(SLOTS), "--max-rows", str(ROWS)]
     process = subprocess.Popen(
         command,
-        env=os.environ | {"LORA_SERVE_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"},
+        env=os.environ | ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -368,6 +375,7 @@ def main():
         slots=SLOTS,
         rows=ROWS,
         ranks=RANKS,
+        malloc_arena_max=ENVIRONMENT["MALLOC_ARENA_MAX"],
         fastapi=importlib.metadata.version("fastapi"),
         uvicorn=importlib.metadata.version("uvicorn"),
     )

@@ -3,22 +3,27 @@
     h_i = W0 x_i + b + s_a B_a A_a x_i    with a = the adapter of row i
 
 The base layer sees the whole batch once. What is left is small, and there are
-four ways to add it: row by row (``add_by_row``), as one batched product over
-gathered copies (``add_bmm``), segment by segment of equal adapters
-(``add_segments``), or with the factors of all slots as one matrix whose wrong
-parts are masked (``add_masked``). ``Route`` picks one of the last two.
+five ways to add it: row by row (``add_by_row``), as one batched product over
+gathered copies of the factors (``add_bmm``), segment by segment of equal
+adapters (``add_segments``), with the factors of all slots as one matrix whose
+wrong parts are masked (``add_masked``), or as one batched product over all
+slots, to which the rows are brought (``add_by_slot``). ``Route`` picks
+segments or slots.
 
-The factors of n adapters lie in two stacks made once: ``lora_A`` (d_in, n, r)
-and ``lora_B`` (n, r, d_out), both transposed, B with its scaling inside: the
-products are x A and z B, and the slots side by side are one matrix without a
-copy. A smaller rank is filled up with zeros. ``MixedLoRALinear`` is the plain
-loop over ordinary LoRA layers, the reference for all of it.
-Source: Chen et al. 2023 (Punica), arXiv:2310.18547, section 3, eq. (1).
+The factors of n adapters lie in two stacks made once: ``lora_A`` (n, r, d_in)
+as it is, and ``lora_B`` (n, r, d_out), transposed and with its scaling inside,
+so that rows multiply both from the left: z = x A^T, h + z B. A smaller rank is
+filled up with zeros. The stacks are of at least 32 bits, like PEFT's adapters
+over a base of 16; where the dtypes differ, the smaller side is converted.
+``MixedLoRALinear`` is the plain loop over ordinary LoRA layers, the reference
+for all of it.
+Source: Chen et al. 2023 (Punica), arXiv:2310.18547, section 4 (SGMV).
 Taught in: notebooks/14_batched_lora.ipynb
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +41,14 @@ def add_by_row(
     Args:
         h: output of the base layer (b, t, d_out), contiguous.
         x: its input (b, t, d_in).
-        lora_A: factors (d_in, n, r), transposed.
+        lora_A: factors (n, r, d_in).
         lora_B: factors (n, r, d_out), transposed and scaled.
         slots: b numbers below n, or None.
     """
     for i, slot in enumerate(slots):
         if slot is not None:
-            h[i].addmm_(x[i] @ lora_A[:, slot], lora_B[slot])
+            z = x[i] @ lora_A[slot].to(x.dtype).T
+            h[i].addmm_(z, lora_B[slot].to(x.dtype))
 
 
 def add_bmm(
@@ -57,8 +63,8 @@ def add_bmm(
     if rows:
         index = torch.tensor([slots[i] for i in rows], device=x.device)
         rows = torch.tensor(rows, device=x.device)
-        z = x[rows] @ lora_A.transpose(0, 1)[index]  # (b', t, r)
-        h.index_add_(0, rows, z @ lora_B[index])
+        z = x[rows].to(lora_A.dtype) @ lora_A[index].transpose(1, 2)
+        h.index_add_(0, rows, (z @ lora_B[index]).to(h.dtype))
 
 
 def segments(slots: Slots) -> list[tuple[int, int, int]]:
@@ -82,19 +88,20 @@ def add_segments(
     lora_B: Tensor,
     found: Sequence[tuple[int, int, int]],
 ) -> None:
-    """Add the updates segment by segment: views, no copies.
+    """Add the updates segment by segment: views, no copies of rows.
 
     Args:
         h: output of the base layer (b, t, d_out), contiguous.
         x: its input (b, t, d_in), contiguous.
-        lora_A: factors (d_in, n, r), transposed.
+        lora_A: factors (n, r, d_in).
         lora_B: factors (n, r, d_out), transposed and scaled.
         found: ``segments`` of the rows.
     """
     for start, stop, slot in found:
         u = x[start:stop].view(-1, x.shape[-1])
-        z = u @ lora_A[:, slot]  # (rows of the segment * t, r)
-        h[start:stop].view(-1, h.shape[-1]).addmm_(z, lora_B[slot])
+        z = u @ lora_A[slot].to(x.dtype).T  # (rows of the segment * t, r)
+        update = h[start:stop].view(-1, h.shape[-1])
+        update.addmm_(z, lora_B[slot].to(x.dtype))
 
 
 def others(slots: Slots, tokens: int, r: int, device=None) -> Tensor:
@@ -121,48 +128,121 @@ def add_masked(
     Args:
         h: output of the base layer (b, t, d_out), contiguous.
         x: its input (b, t, d_in), contiguous.
-        lora_A: factors (d_in, n, r), transposed.
+        lora_A: factors (n, r, d_in).
         lora_B: factors (n, r, d_out), transposed and scaled.
         mask: ``others`` of the rows.
     """
     width = mask.shape[1]  # slots in use, times r
-    z = x.view(-1, x.shape[-1]) @ lora_A.flatten(1)[:, :width]
+    z = (
+        x.view(-1, x.shape[-1]).to(lora_A.dtype)
+        @ lora_A.flatten(0, 1)[:width].T
+    )
     z.masked_fill_(mask, 0)
-    h.view(-1, h.shape[-1]).addmm_(z, lora_B.flatten(0, 1)[:width])
+    update = z @ lora_B.flatten(0, 1)[:width]
+    h.view(-1, h.shape[-1]).add_(update)
+
+
+class Places(NamedTuple):
+    """Room for ``k`` rows in each of the first ``used`` slots.
+
+    Attributes:
+        used: the highest slot in use plus one.
+        k: the most rows that a slot has.
+        source: of each of the used k places a row; any row if it is empty.
+        rows: the rows with an adapter, in the order of their places.
+        filled: the places that are not empty, in order; None if all are full.
+    """
+
+    used: int
+    k: int
+    source: Tensor
+    rows: Tensor
+    filled: Tensor | None
+
+
+def places(slots: Slots, device=None) -> Places:
+    """Return where each row goes so that every slot has its rows together."""
+    found = {}
+    for i, slot in enumerate(slots):
+        if slot is not None:
+            found.setdefault(slot, []).append(i)
+    used = max(found, default=-1) + 1
+    k = max(map(len, found.values()), default=0)
+    source, rows, filled = [], [], []
+    for slot in range(used):
+        own = found.get(slot, [])
+        filled += range(slot * k, slot * k + len(own))
+        source += own + [0] * (k - len(own))
+        rows += own
+
+    def tensor(numbers):
+        return torch.tensor(numbers, dtype=torch.long, device=device)
+
+    full = len(rows) == used * k
+    return Places(
+        used, k, tensor(source), tensor(rows), None if full else tensor(filled)
+    )
+
+
+def add_by_slot(
+    h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, found: Places
+) -> None:
+    """Add the updates by two batched products, the rows brought to the slots.
+
+    What is copied is a row, d_in numbers, and not its adapter, which stays
+    where it is: r times less.
+
+    Args:
+        h: output of the base layer (b, t, d_out).
+        x: its input (b, t, d_in).
+        lora_A: factors (n, r, d_in).
+        lora_B: factors (n, r, d_out), transposed and scaled.
+        found: ``places`` of the rows.
+    """
+    n = found.used
+    if not n:
+        return
+    # index_select, because indexing with [] takes four times as long
+    u = x.index_select(0, found.source).to(lora_A.dtype)
+    u = u.view(n, -1, x.shape[-1])  # (n, k t, d_in)
+    z = torch.bmm(u, lora_A[:n].transpose(1, 2))  # (n, k t, r)
+    update = torch.bmm(z, lora_B[:n]).view(-1, *h.shape[1:])
+    if found.filled is not None:
+        update = update.index_select(0, found.filled)
+    h.index_add_(0, found.rows, update.to(h.dtype))
 
 
 class Route:
     """Which slot each row of a batch uses, and which way is the fastest.
 
-    More segments than tokens in a row: one masked product, because a segment
-    costs two calls however small it is. Otherwise segments, because the
-    masked product computes every slot for every token.
+    More segments than tokens in a row: one product over all slots, because a
+    segment costs two calls however small it is. Otherwise segments, which
+    copy nothing and leave out the slots that nobody uses.
 
     Args:
         slots: of every row its slot, None for the base model.
         tokens: t, the same for every row.
-        r: rank of the stacks.
         device: of the batch.
     """
 
-    def __init__(self, slots: Slots, tokens: int, r: int, device=None):
+    def __init__(self, slots: Slots, tokens: int, device=None):
         self.shape = len(slots), tokens
         self.segments = segments(slots)
-        self.mask = None
+        self.places = None
         if tokens < len(self.segments):
-            self.mask = others(slots, tokens, r, device)
+            self.places = places(slots, device)
 
     @property
     def plan(self) -> str:
-        """Return "base", "segments" or "masked"."""
-        if self.mask is not None:
-            return "masked"
+        """Return "base", "segments" or "slots"."""
+        if self.places is not None:
+            return "slots"
         return "segments" if self.segments else "base"
 
     def add(self, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor):
         """Add the updates of the rows to ``h`` (b, t, d_out) in place."""
-        if self.mask is not None:
-            add_masked(h, x, lora_A, lora_B, self.mask)
+        if self.places is not None:
+            add_by_slot(h, x, lora_A, lora_B, self.places)
         else:
             add_segments(h, x, lora_A, lora_B, self.segments)
 

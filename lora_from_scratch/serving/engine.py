@@ -542,6 +542,7 @@ class Engine:
                 request.slot = None
         request.finish_reason = reason
         self._send(request, request.whole, reason)
+        request.on_piece = None  # else it and its listener keep each other
         request.done.set()
 
     # -- what can be seen -----------------------------------------------------

@@ -112,6 +112,8 @@ class AdapterSlots:
             )
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no linear layers")
+        # small products of 16 bits cost a CPU more than those of 32
+        self.dtype = torch.promote_types(model.dtype, torch.float32)
         for name, layer in self.layers.items():
             replace_module(model, name, layer)
         self.lock = threading.RLock()  # of all that follows, not of the stacks
@@ -227,24 +229,24 @@ class AdapterSlots:
         for name, layer in self.layers.items():
             if name not in factors:
                 if layer.lora_A is not None:  # both: 0 times infinity is NaN
-                    layer.lora_A[:, slot] = 0
+                    layer.lora_A[slot] = 0
                     layer.lora_B[slot] = 0
                 continue
             A, B, scaling = factors[name]
             if layer.lora_A is None:
                 n, r = self.max_adapters, self.max_rank
-                layer.lora_A = A.new_zeros(layer.d_in, n, r)
+                layer.lora_A = A.new_zeros(n, r, layer.d_in)
                 layer.lora_B = B.new_zeros(n, r, layer.d_out)
             r = len(A)
-            layer.lora_A[:, slot, :r] = A.T
+            layer.lora_A[slot, :r] = A
             torch.mul(B.T, scaling, out=layer.lora_B[slot, :r])
             if r < self.max_rank:
-                layer.lora_A[:, slot, r:] = 0
+                layer.lora_A[slot, r:] = 0
                 layer.lora_B[slot, r:] = 0
 
     def route(self, slots: Slots, tokens: int) -> Route:
         """Let the next forward pass use ``slots``; return how."""
-        route = Route(slots, tokens, self.max_rank, self.device)
+        route = Route(slots, tokens, self.device)
         for layer in self.layers.values():
             layer.route = route
         return route
@@ -316,11 +318,13 @@ class AdapterSlots:
         check_base(adapter, self.model, samples, self.quantized)
         factors = self._convert(pairs)
         for name, (A, B, scaling) in factors.items():
-            # zero times another row's infinity would be NaN
-            if not (is_finite(A) and is_finite(scaling * B)):
+            dtype = self.model.dtype  # in which segments are computed
+            if not (
+                is_finite(A.to(dtype)) and is_finite((scaling * B).to(dtype))
+            ):
                 raise AdapterError(
                     f"{folder}: values at {name} are too large for the "
-                    f"model's {self.model.dtype}"
+                    f"model's {dtype}"
                 )
         return factors
 
@@ -344,8 +348,8 @@ class AdapterSlots:
             )
 
     def _convert(self, pairs):
-        """Return {layer: (A, B, scaling)} as the model computes."""
-        new = dict(device=self.device, dtype=self.model.dtype)
+        """Return {layer: (A, B, scaling)} as the slots hold them."""
+        new = dict(device=self.device, dtype=self.dtype)
         return {
             name: (A.to(**new), B.to(**new), scaling)
             for name, (_, A, B, scaling) in pairs.items()

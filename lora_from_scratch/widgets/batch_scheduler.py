@@ -36,7 +36,7 @@ MOST_PROMPT, MOST_NEW = 512, 64  # tokens of a request
 MOST_ARRIVAL = 200
 
 # How rows of one token are computed, by the number of runs.
-PLANS = [Route(range(n), tokens=1, r=1).plan for n in range(MOST_ROWS + 1)]
+PLANS = [Route(range(n), tokens=1).plan for n in range(MOST_ROWS + 1)]
 POLICIES = ("continuous", "static")  # the engine's, and what it replaced
 
 # Of the adapters, in order; black letters can be read on all of them.
