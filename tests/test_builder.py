@@ -1,4 +1,8 @@
-"""The lesson builder on a small lesson: same bytes, nothing stale or leaked."""
+"""The lesson builder on a small lesson: same bytes, nothing stale or leaked.
+
+The lesson has a mark above its first code cell, one between two cells, and a
+quiz with one: ``total`` is 6,543 at first and twice as much at the end.
+"""
 
 import base64
 import io
@@ -28,12 +32,16 @@ kernelspec: {display_name: Python 3, language: python, name: python3}
 
 # 7. A small lesson
 
+At the end it is {{ total:,}}. See [the next](../book/lessons/07_half.md).
+
 ```{code-cell} ipython3
 :tags: [remove-cell]
 
 import anywidget
 import matplotlib.pyplot as plt
 import traitlets
+
+total = 6_543
 ```
 
 ```{code-cell} ipython3
@@ -44,6 +52,8 @@ for _ in range(3):
 plt.plot([0, 1, 2, 3])
 plt.show()
 ```
+
+> Now it is {{ total:,}}, which `{{ total:,}}` and $\\frac{{total}}{2}$ are not.
 
 ```{code-cell} ipython3
 class Dial(anywidget.AnyWidget):
@@ -85,14 +95,23 @@ tags: [hide-input]
 assert half(6) == 3, "divide by 2"
 print("exercise 7.1: ok")
 ```
+
+```{code-cell} ipython3
+total = 2 * total
+```
 '''
+QUIZ = "## Choose one: how many?\n\n- [x] {{ total:,}}\n- [ ] 12\n"
 
 
-def place(folder, text=LESSON):
+def place(folder, text=LESSON, quiz=QUIZ):
     """Write a course of one lesson into ``folder``; return the text's path."""
     path = folder / "book" / "lessons" / "07_half.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    for to, what in (
+        (path, text),
+        (folder / "book" / "quizzes" / "07_half.md", quiz),
+    ):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(what, encoding="utf-8")
     return path
 
 
@@ -155,6 +174,10 @@ def test_a_fresh_course_is_not_stale(course):
         ("text", ["notebooks/07_half.ipynb", "notebooks/student/07_half"]),
         ("lesson", ["notebooks/07_half.ipynb: differs"]),
         ("copy", ["notebooks/student/07_half.ipynb: differs"]),
+        ("prose", ["notebooks/07_half.ipynb", "notebooks/student/07_half"]),
+        ("mark", ["notebooks/07_half.ipynb", "notebooks/student/07_half"]),
+        ("quiz", ["notebooks/07_half.ipynb: differs"]),
+        ("value", ["notebooks/07_half.ipynb: differs"]),
         ("missing", ["notebooks/student/07_half.ipynb: missing"]),
         ("extra", ["notebooks/08_left_over.ipynb: has no lesson text"]),
     ],
@@ -163,6 +186,17 @@ def test_a_stale_file_is_named(course, spoil, named):
     lesson, copy = both(course)
     if spoil == "text":
         place(course, LESSON.replace("half of 6", "half of six"))
+    elif spoil == "prose":  # a word beside a mark may not pass for its value
+        place(course, LESSON.replace("Now it is {{", "Now it is about {{"))
+    elif spoil == "mark":  # with the same value
+        place(course, LESSON.replace("it is {{ total:,", "it is {{ +total:,"))
+    elif spoil == "quiz":
+        place(course, quiz=QUIZ.replace("12", "13"))
+    elif spoil == "value":
+        text = lesson.read_text(encoding="utf-8")
+        new = text.replace("Now it is 6,543", "Now it is 6,544")
+        assert new != text
+        lesson.write_text(new, encoding="utf-8")
     elif spoil == "missing":
         copy.unlink()
     elif spoil == "extra":
@@ -175,6 +209,37 @@ def test_a_stale_file_is_named(course, spoil, named):
         notebooks.main(["--check"], root=course)
     for name in named:
         assert name in str(stop.value)
+
+
+def test_values_are_those_of_their_place_in_both_notebooks(built):
+    for path, up in zip(both(built), ("../", "../../"), strict=True):
+        nb = nbformat.read(path, as_version=4)
+        prose = [c.source for c in nb.cells if c.cell_type == "markdown"]
+        assert prose[0].endswith(
+            f"At the end it is 13,086. See [the next]({up}book/lessons/"
+            "07_half.md)."
+        )
+        assert prose[1] == (
+            "> Now it is 6,543, which `{{ total:,}}` and $\\frac{{total}}{2}$ "
+            "are not."
+        )
+        counts = [c.execution_count for c in code_cells(nb)]
+        assert counts in (list(range(1, len(counts) + 1)), [None] * len(counts))
+    lesson, copy = (nbformat.read(path, as_version=4) for path in both(built))
+    assert lesson.metadata.quiz == QUIZ.replace("{{ total:,}}", "13,086")
+    assert "quiz" not in copy.metadata
+
+
+@pytest.mark.slow
+def test_another_constant_in_a_cell_changes_the_page_and_the_quiz(course):
+    place(course, LESSON.replace("6_543", "7_000"))
+    notebooks.main([], root=course)
+    for path in both(course):
+        text = path.read_text(encoding="utf-8")
+        assert "At the end it is 14,000" in text and "13,086" not in text
+        assert "Now it is 7,000, which" in text and "6,543" not in text
+    lesson = nbformat.read(both(course)[0], as_version=4)
+    assert "14,000" in lesson.metadata.quiz
 
 
 def test_the_copy_has_stub_links_and_set_up_and_no_solution(built):
@@ -209,6 +274,17 @@ def test_set_up_does_nothing_where_the_course_is_installed(monkeypatch):
             "import traitlets, warnings\nwarnings.warn('old')\n",
             "writes to stderr",
         ),
+        (
+            "Now it is {{ total:,}}",
+            "Now it is {{ totl:,}}",
+            "lessons/07_half.md: .*totl.*NameError",
+        ),
+        ("it is {{ total:,}}. See", "it is {{ total:,. See", "without '}}'"),
+        (
+            "{{ total:,}}. See",
+            "{{ total if total else 0 }}. See",
+            "lessons/07_half.md: .*in a cell",
+        ),
     ],
 )
 def test_a_lesson_that_cannot_be_stored_stops_the_build(
@@ -217,6 +293,13 @@ def test_a_lesson_that_cannot_be_stored_stops_the_build(
     assert old in LESSON
     place(tmp_path, LESSON.replace(old, new))
     with pytest.raises(ValueError, match=message):
+        notebooks.main([], root=tmp_path)
+    assert not list(tmp_path.rglob("*.ipynb"))
+
+
+def test_a_bad_mark_in_a_quiz_stops_the_build(tmp_path):
+    place(tmp_path, quiz=QUIZ.replace("{{ total", "{{ lambda: total"))
+    with pytest.raises(ValueError, match="quizzes/07_half.md: .*lambda"):
         notebooks.main([], root=tmp_path)
     assert not list(tmp_path.rglob("*.ipynb"))
 
