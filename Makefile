@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 BROWSER := $(VENV)/.browser
 PIP := $(BIN)/python -m pip install --quiet --quiet
-# Lessons run in two processes, one lesson in one.
+# Two processes, one lesson or one file of tests in each.
 PYTEST_2 := $(BIN)/python -m pytest -q -n 2
 NBVAL := $(PYTEST_2) --dist loadfile --nbval --nbval-current-env \
 	--nbval-cell-timeout=120 notebooks/*.ipynb
@@ -20,12 +20,12 @@ SLOW_TESTS := tests/test_notebooks.py tests/test_site.py
 
 # Lessons and pages are made with one thread: with more, sums round in another
 # order and waiting threads slow a busy machine down. `make lab` uses them all.
-check check-portable notebooks test book html: export OMP_NUM_THREADS ?= 1
-check check-portable notebooks test book html: export OMP_WAIT_POLICY = PASSIVE
+check check-portable notebooks test book html pages: export OMP_NUM_THREADS ?= 1
+check check-portable notebooks test book html pages: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html serve lab check test notebooks check-portable \
-	check-colab newest bench outside-vllm outside-ray outside-torchrun \
+	check-colab newest pages quizzes bench outside-vllm outside-ray outside-torchrun \
 	outside-openai clean
 
 help:  ## list the commands
@@ -50,7 +50,7 @@ lab: $(PACKAGES)  ## open the exercise copies in JupyterLab
 check: $(PACKAGES) $(BROWSER)  ## everything that CI checks, cheap first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q $(SLOW_TESTS:%=--ignore=%)
+	$(PYTEST_2) --dist loadfile $(SLOW_TESTS:%=--ignore=%)
 	$(BIN)/python tools/notebooks.py --check
 	$(NBVAL)
 	$(PYTEST_2) --dist worksteal tests/test_notebooks.py
@@ -58,13 +58,15 @@ check: $(PACKAGES) $(BROWSER)  ## everything that CI checks, cheap first
 	$(BIN)/python -m pytest -q tests/test_site.py
 
 test: $(PACKAGES)  ## the tests of the package only
-	$(BIN)/python -m pytest -q $(SLOW_TESTS:%=--ignore=%)
+	$(PYTEST_2) --dist loadfile $(SLOW_TESTS:%=--ignore=%)
 
 notebooks: $(PACKAGES)  ## run all lesson texts, write the notebooks
 	$(BIN)/python tools/notebooks.py
 
 check-portable: $(PACKAGES)  ## outputs also hold on AVX2 and on two threads
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(NBVAL)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST_2) \
+		tests/test_notebooks.py -k the_rest_repeats
 	OMP_NUM_THREADS=2 $(NBVAL)
 
 check-colab: $(PACKAGES)  ## run an exercise copy in a bare environment (slow)
@@ -77,6 +79,13 @@ LOOSE := torch|numpy|scipy|scikit-learn|transformers|tokenizers|safetensors|$\
 newest:  ## check with the newest torch, transformers, ... in its own .venv
 	sed -E 's/^($(LOOSE))==.*/\1/' requirements.txt > .newest.txt
 	$(MAKE) check VENV=.venv-newest REQUIREMENTS=.newest.txt
+
+pages: $(PACKAGES)  ## make again what pages take from lessons and records
+	for page in conventions errata evidence outside paths; do \
+		$(BIN)/python tools/$${page}_page.py || exit 1; done
+
+quizzes: $(PACKAGES)  ## write the quizzes as Moodle XML and QTI, into _build/quizzes
+	$(BIN)/python tools/export_quizzes.py
 
 bench: $(PACKAGES)  ## time the layers against PEFT: 16 bits, 4, mixed batches
 	OMP_NUM_THREADS=1 $(BIN)/python bench/against_peft.py

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tools.notebooks import ROOT
-from tools.outside_page import PAGE, page_text, results, table
+from tools.outside_page import PAGE, page_text, results
+from tools.pages import table
 
 FOLDER = ROOT / "tests" / "outside"
 PROOFS = ("vllm", "ray", "torchrun")
@@ -42,7 +43,7 @@ def test_the_tables_are_those_of_the_recorded_files():
 
 def test_a_page_without_a_place_for_a_table_is_an_error():
     text = PAGE.read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="begin ray_death"):
+    with pytest.raises(ValueError, match="outside.md has the blocks"):
         page_text(text.replace("% begin ray_death", ""))
 
 

@@ -8,10 +8,16 @@ page and the files disagree. `make outside-vllm` and its sisters call this.
 
 import json
 import re
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "book" / "outside.md"
+if __package__ in (None, ""):  # `python tools/outside_page.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import pages  # noqa: E402
+from tools.pages import table  # noqa: E402
+
+PAGE = pages.ROOT / "book" / "outside.md"
 WAYS = {  # key in outside_vllm.json: how the page says it
     "peft": "PEFT, each row alone",
     "engine, mixed": "our engine, all rows in one batch",
@@ -28,23 +34,8 @@ CALLS = {  # of a training step, in torchrun's file: how the page says it
 
 def results(name):
     """Return the recorded results of one proof."""
-    path = ROOT / "notebooks" / "results" / f"outside_{name}.json"
+    path = pages.RESULTS / f"outside_{name}.json"
     return json.loads(path.read_text("utf-8"))
-
-
-def table(*rows):
-    """Return the lines of a table whose first row is its head.
-
-    Cells of columns that hold only numbers are set right.
-    """
-    head, *body = [[str(cell) for cell in row] for row in rows]
-    number = re.compile(r"[-\d.,]+( s| %)?|\d[\d.]*e-\d+")
-    right = [
-        all(number.fullmatch(cell) for cell in column)
-        for column in zip(*body, strict=True)
-    ]
-    rule = ["---:" if r else "---" for r in right]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
 
 
 def made(name):
@@ -272,17 +263,8 @@ TABLES = (
 
 def page_text(text):
     """Return the text of book/outside.md with every table made again."""
-    for make in TABLES:
-        name = make.__name__
-        pattern = rf"(% begin {name}\n).*?(% end {name}\n)"
-        block = "\n".join(["", *make(), "", ""])
-        text, found = re.subn(
-            pattern, lambda m, b=block: m[1] + b + m[2], text, flags=re.S
-        )
-        if found != 1:
-            raise ValueError(f"{PAGE.name} needs one '% begin {name}' block")
-    return text
+    return pages.fill(text, TABLES, PAGE.name)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_text(PAGE.read_text("utf-8")), "utf-8")
+    pages.write(PAGE, page_text(PAGE.read_text("utf-8")))
