@@ -25,8 +25,8 @@ check check-portable notebooks test book html pages: export OMP_WAIT_POLICY = PA
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html serve lab check test notebooks check-portable \
-	check-colab newest pages quizzes bench outside-vllm outside-ray outside-torchrun \
-	outside-openai clean
+	check-colab newest pages quizzes bench outside-vllm outside-ray \
+	outside-torchrun outside-openai clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \

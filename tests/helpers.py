@@ -12,6 +12,17 @@ from transformers import (
 from lora_from_scratch.inject import lora_layers
 
 
+class One(nn.Module):
+    """A model of one layer, so that PEFT has a name to target."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):  # noqa: D102
+        return self.layer(x)
+
+
 def gpt2(dtype=torch.float64, seed=0):
     """Return a small GPT-2 with dropout off; d_model 24, vocabulary 37."""
     torch.manual_seed(seed)

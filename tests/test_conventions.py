@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from helpers import One
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -26,17 +27,6 @@ D_IN, D_OUT, R, ALPHA = 6, 21, 4, 12  # not the tool's sizes, no two alike
 LETTERS = {"d_in": D_IN, "d_out": D_OUT, "r": R}
 INSTALLED = ("this book", "this book, Conv1D", "PEFT", "PEFT, Conv1D")
 each_installed = pytest.mark.parametrize("who", INSTALLED)
-
-
-class One(nn.Module):
-    """A model of one layer."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):  # noqa: D102
-        return self.layer(x)
 
 
 def table(name):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import One
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
@@ -214,17 +215,6 @@ def test_backward_keeps_one_output_more_than_lora(kind):
     expected = [(n, D_IN), (n, R), (n, D_OUT), (R, D_IN), (D_OUT, R)]
     expected += [(D_OUT,), (D_OUT,)]
     assert sorted(tuple(t.shape) for t in extra) == sorted(expected)
-
-
-class One(nn.Module):
-    """A model of one layer, so that PEFT has a name to target."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):  # noqa: D102
-        return self.layer(x)
 
 
 def pair(kind, dtype, dropout=0.0, use_rslora=False):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import gpt2, ids, llama
+from helpers import One, gpt2, ids, llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
@@ -16,17 +16,6 @@ from lora_from_scratch.linear import LoRAEmbedding
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 R, ALPHA = 3, 7
-
-
-class One(nn.Module):
-    """A model of one layer, so that PEFT has a name to target."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):  # noqa: D102
-        return self.layer(x)
 
 
 def pair(model, targets):

@@ -416,6 +416,21 @@ def test_an_answer_to_another_wording_is_dropped(go):
     assert form.locator("input:checked").count() == 0
 
 
+def test_progress_that_cannot_be_read_is_put_aside(go):
+    for text in ('{"version": 9, "read": {}}', "half a fi"):
+        page = go(FIRST)
+        page.evaluate(
+            "text => localStorage.setItem('lora-from-scratch', text)", text
+        )
+        page.reload()
+        page.locator(".lesson-end button").first.click()
+        kept = page.evaluate(
+            "['', '-unreadable'].map("
+            "(end) => localStorage.getItem(`lora-from-scratch${end}`))"
+        )
+        assert '"01_small"' in kept[0] and kept[1] == text
+
+
 def test_the_page_on_progress_sums_up_saves_adds_and_forgets(go, tmp_path):
     page = go(FIRST)
     form = question(page, "A price")

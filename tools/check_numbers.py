@@ -30,7 +30,6 @@ import argparse
 import ast
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -45,7 +44,7 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script sees only its own folder
 
-from tools import values  # noqa: E402
+from tools import pages, values  # noqa: E402
 
 KINDS = ("computed", "quoted", "cited", "structural", "wrong", "typed")
 LEDGER = Path("tests/typed_numbers.txt")
@@ -627,8 +626,8 @@ class Judge:
 
 def files(root):
     """Return the texts that are checked, pages first."""
-    pages = sorted((root / "book").glob("*.md"))
-    return pages + sorted((root / "book" / "lessons").glob("*.md"))
+    found = sorted((root / "book").glob("*.md"))
+    return found + sorted((root / "book" / "lessons").glob("*.md"))
 
 
 def known(root):
@@ -699,9 +698,7 @@ def lower(root):
                 kept.append(number.text)
         if kept:
             lines.append(f"{name}: {' '.join(kept)}")
-    part = root / f"{LEDGER}.part"
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, root / LEDGER)
+    pages.write(root / LEDGER, "\n".join(lines) + "\n")
 
 
 def main(arguments=None, root=ROOT):

@@ -295,10 +295,7 @@ def solved(text_path, folder):
 def write(nb, path):
     """Write ``nb`` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
-        file.write(nbformat.writes(nb) + "\n")
-    os.replace(part, path)
+    pages.write(path, nbformat.writes(nb) + "\n")
 
 
 def inputs(nb):

@@ -143,7 +143,6 @@ def record(path):
             "scale": "small",
             "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "precision": "bfloat16 weights, float32 adapters",
-            "seeds": adapters.SEEDS,
             "lora": adapters.CONFIG,
             "n_test": N_TEST,
         },

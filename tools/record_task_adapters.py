@@ -119,7 +119,6 @@ def record(path):
             "scale": "small",
             "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "precision": "bfloat16 weights, float32 adapters",
-            "seeds": SEEDS,
             "batch_size": {n: task.batch_size for n, task in tasks.items()},
             "lora": CONFIG,
             "data": {n: task.data for n, task in tasks.items()},

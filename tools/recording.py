@@ -61,7 +61,7 @@ class Rows:
     Args:
         path: the file; rows that it holds already are kept.
         train: maps a setting to its row, which holds the setting.
-        origin: arguments of ``made`` but ``cpu_seconds``.
+        origin: arguments of ``made`` but ``cpu_seconds`` and ``seeds``.
         outcomes: keys of a row that are no setting.
         times: those of them that differ from run to run.
     """
@@ -86,8 +86,14 @@ class Rows:
 
     def write(self) -> None:
         """Write the file whole, or not at all."""
-        seconds = sum(row["cpu_seconds"] for row in self.rows)
-        head = json.dumps(made(**self.origin, cpu_seconds=seconds))
+        origin = {
+            **self.origin,
+            "cpu_seconds": sum(row["cpu_seconds"] for row in self.rows),
+        }
+        # those that there are: a recording may have been stopped
+        if seeds := sorted({r["seed"] for r in self.rows if "seed" in r}):
+            origin["seeds"] = seeds
+        head = json.dumps(made(**origin))
         rows = ",\n  ".join(json.dumps(row) for row in self.rows)
         text = f'{{\n "made": {head},\n "rows": [\n  {rows}\n ]\n}}\n'
         part = self.path.with_suffix(".part")

@@ -69,13 +69,24 @@
 
   const nothing = () => ({ version: VERSION, read: {}, answers: {} });
 
+  // Damaged, or a newer book's: the next answer would write over it.
+  function putAside(text) {
+    try {
+      localStorage.setItem(`${KEY}-unreadable`, text);
+    } catch {
+      // no room for it
+    }
+  }
+
   function load() {
     if (memory) return memory;
+    let text = null;
     try {
-      const text = localStorage.getItem(KEY);
+      text = localStorage.getItem(KEY);
       return text === null ? nothing() : checked(JSON.parse(text));
     } catch {
-      return nothing(); // blocked, or not ours
+      if (text !== null) putAside(text);
+      return nothing(); // blocked, or put aside
     }
   }
 
