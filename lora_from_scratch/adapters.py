@@ -90,6 +90,7 @@ class Adapter:
     config: Config
     settings: dict  # adapter_config.json
     tensors: dict[str, Tensor]  # PEFT's keys without PREFIX
+    offsets: dict[str, int]  # of their first bytes in the file
     kept: dict[str, list[bool]]  # AdaLoRA: triplets in the file, per layer
     base_sample: dict[str, list[float]] | None
     base_quantized: bool
@@ -357,13 +358,11 @@ def _check_finite(tensors, place):
         )
 
 
-def read_adapter(folder: str | Path, checked: bool = False) -> Adapter:
+def read_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder and check all that needs no model.
 
     Args:
         folder: with the two files.
-        checked: True if the very same files were read before: their numbers
-            are not looked at again.
 
     Raises:
         AdapterError: a file is missing or damaged, an option is not known
@@ -388,8 +387,9 @@ def read_adapter(folder: str | Path, checked: bool = False) -> Adapter:
         # read, not mapped: who cuts the file short later must not cut these
         data = path.read_bytes()
         tensors = dict(sorted(load(data).items()))
-        n = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + n]).get("__metadata__", {})
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        metadata = header.pop("__metadata__", {})
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path} is damaged or cut short ({error}); copy it again"
@@ -401,14 +401,17 @@ def read_adapter(folder: str | Path, checked: bool = False) -> Adapter:
         raise AdapterError(
             f"{path}: keys must start with {PREFIX!r}, found {wrong[0]!r}"
         )
-    if not checked:
-        _check_finite(tensors, str(path))
+    _check_finite(tensors, str(path))
     sample = metadata.get("base_sample")
     return Adapter(
         folder,
         config,
         settings,
         {k.removeprefix(PREFIX): v for k, v in tensors.items()},
+        {
+            k.removeprefix(PREFIX): start + entry["data_offsets"][0]
+            for k, entry in header.items()
+        },
         _rank_pattern(folder, settings),
         json.loads(sample) if sample else None,
         "base_quantized" in metadata,

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from adapters_on_disk import save
@@ -117,6 +118,52 @@ def test_a_file_spoiled_in_place_cannot_reach_the_cache(slots, spoil):
     slot = slots.acquire(entry)
     for name, dW in in_slot(slots, slot).items():
         assert torch.equal(dW, before.get(name, torch.zeros_like(dW)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("spaces", [0, 3])
+def test_a_second_reading_finds_the_same_factors(tmp_path, dtype, spaces):
+    """Of any dtype, and behind a header of any length."""
+    folder = save(llama(), tmp_path / "a", 5)
+
+    def change(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].to(dtype)
+
+    edit_weights(folder, change)
+    path = folder / WEIGHTS
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    path.write_bytes(
+        (n + spaces).to_bytes(8, "little")
+        + data[8 : 8 + n]
+        + b" " * spaces
+        + data[8 + n :]
+    )
+    slots = AdapterSlots(llama(), 1, 4, cache_bytes=0)
+    slots.register("a", folder)
+    slot = slots.acquire(slots.find("a"))
+    assert slots.counts["disk_loads"] == 2
+    expected = load_adapter(llama(), folder)
+    for name, layer in lora_layers(expected).items():
+        assert layer.lora_A.dtype == in_slot(slots, slot)[name].dtype
+        assert_close(in_slot(slots, slot)[name], layer.get_delta_weight())
+
+
+def test_files_changed_while_they_are_read_are_refused(slots, monkeypatch):
+    entry = slots.find("a0")
+    slots.cache.clear()
+    fromfile = np.fromfile
+
+    def read_and_change(path, dtype):
+        data = fromfile(path, dtype)
+        os.utime(path, ns=(0, 0))
+        return data
+
+    monkeypatch.setattr("numpy.fromfile", read_and_change)
+    with pytest.raises(AdapterError, match="'a0' in .* were changed"):
+        slots.acquire(entry)
+    assert slots.resident == [None, None]
 
 
 def test_a_link_to_the_files_or_other_rights_are_no_change(slots, tmp_path):

@@ -21,12 +21,15 @@ import threading
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from lora_from_scratch.adapters import (
     CONFIG,
+    FACTORS,
     WEIGHTS,
     AdapterError,
     check_base,
@@ -53,6 +56,14 @@ class UnknownAdapter(ValueError):
     """No adapter of this name is registered."""
 
 
+class Place(NamedTuple):
+    """Where a factor lies in its file."""
+
+    offset: int  # in bytes
+    dtype: torch.dtype
+    shape: torch.Size
+
+
 @dataclass(eq=False)  # itself, not its name: a name may be taken again
 class Registered:
     """An adapter that may be asked for."""
@@ -60,6 +71,7 @@ class Registered:
     name: str
     folder: Path
     state: tuple  # of its files, to see whether they were changed
+    layout: dict[str, tuple[Place, Place, float]]  # layer: A, B, scaling
     nbytes: int
 
 
@@ -141,8 +153,8 @@ class AdapterSlots:
             )
         folder = Path(folder).absolute()
         state = _state(folder)
-        factors = self._read(folder)
-        entry = Registered(name, folder, state, _nbytes(factors))
+        layout, factors = self._read(folder)
+        entry = Registered(name, folder, state, layout, _nbytes(factors))
         with self.lock:
             if self.registered.setdefault(name, entry) is not entry:
                 raise ValueError(
@@ -273,15 +285,8 @@ class AdapterSlots:
             self.cache.move_to_end(entry)
             self.counts["cache_hits"] += 1
             return self.cache[entry]
-        if _state(entry.folder) != entry.state:
-            raise AdapterError(
-                f"the files of adapter {entry.name!r} in {entry.folder} were "
-                "changed since it was loaded; unload it and load it again"
-            )
-        # the same files as then, so they need no second check
         self.counts["disk_loads"] += 1
-        adapter = read_adapter(entry.folder, checked=True)
-        factors = self._convert(lora_factors(adapter))
+        factors = self._convert(_read_again(entry))
         self._keep(entry, factors)
         return factors
 
@@ -294,7 +299,7 @@ class AdapterSlots:
             self.cache.popitem(last=False)
 
     def _read(self, folder):
-        """Return the factors of an adapter that can be served."""
+        """Check that an adapter can be served; return layout and factors."""
         self.counts["disk_loads"] += 1
         adapter = read_adapter(folder)
         pairs = lora_factors(adapter)
@@ -316,7 +321,17 @@ class AdapterSlots:
             self._check_shapes(folder, name, A, B)
         samples = {name: self.samples[name] for name in pairs}
         check_base(adapter, self.model, samples, self.quantized)
-        factors = self._convert(pairs)
+        layout, given = {}, {}
+        for name, (end, A, B, scaling) in pairs.items():
+            at_A = adapter.offsets[name + end]
+            at_B = adapter.offsets[name + FACTORS[end]]
+            layout[name] = (
+                Place(at_A, A.dtype, A.shape),
+                Place(at_B, B.dtype, B.shape),
+                scaling,
+            )
+            given[name] = A, B, scaling
+        factors = self._convert(given)
         for name, (A, B, scaling) in factors.items():
             dtype = self.model.dtype  # in which segments are computed
             if not (
@@ -326,7 +341,7 @@ class AdapterSlots:
                     f"{folder}: values at {name} are too large for the "
                     f"model's {dtype}"
                 )
-        return factors
+        return layout, factors
 
     def _check_shapes(self, folder, name, A, B):
         layer = self.layers.get(name)
@@ -352,8 +367,37 @@ class AdapterSlots:
         new = dict(device=self.device, dtype=self.dtype)
         return {
             name: (A.to(**new), B.to(**new), scaling)
-            for name, (_, A, B, scaling) in pairs.items()
+            for name, (A, B, scaling) in pairs.items()
         }
+
+
+def _read_again(entry):
+    """Return {layer: (A, B, scaling)} of files that were checked before.
+
+    They are read, not mapped: who cuts a file short later must not cut the
+    factors, which share the memory that the file was read into.
+    """
+    try:
+        data = np.fromfile(entry.folder / WEIGHTS, np.uint8)
+    except OSError:
+        data = None
+    if data is None or _state(entry.folder) != entry.state:
+        raise AdapterError(
+            f"the files of adapter {entry.name!r} in {entry.folder} were "
+            "changed since it was loaded; unload it and load it again"
+        )
+
+    def tensor(place):
+        offset, dtype, shape = place
+        flat = torch.frombuffer(
+            data, dtype=dtype, count=shape.numel(), offset=offset
+        )
+        return flat.view(shape)
+
+    return {
+        name: (tensor(A), tensor(B), scaling)
+        for name, (A, B, scaling) in entry.layout.items()
+    }
 
 
 def _nbytes(factors):
