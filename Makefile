@@ -16,7 +16,10 @@ PIP := $(BIN)/python -m pip install --quiet --quiet
 PYTEST_2 := $(BIN)/python -m pytest -q -n 2
 NBVAL := $(PYTEST_2) --dist loadfile --nbval --nbval-current-env \
 	--nbval-cell-timeout=120 notebooks/*.ipynb
-SLOW_TESTS := tests/test_notebooks.py tests/test_site.py
+# Tests of the built pages; the rest of the slow ones run the notebooks.
+SITE_TESTS := tests/test_site.py tests/test_search.py tests/test_design.py \
+	tests/test_pdf.py
+SLOW_TESTS := tests/test_notebooks.py $(SITE_TESTS)
 
 # Lessons and pages are made with one thread: with more, sums round in another
 # order and waiting threads slow a busy machine down. `make lab` uses them all.
@@ -25,7 +28,7 @@ check check-portable notebooks test book html pages: export OMP_WAIT_POLICY = PA
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html serve lab check test notebooks check-portable \
-	check-colab newest pages quizzes bench outside-vllm outside-ray \
+	check-colab newest pages quizzes pdf zip validate bench outside-vllm outside-ray \
 	outside-torchrun outside-openai clean
 
 help:  ## list the commands
@@ -38,7 +41,7 @@ book: html  ## build the book and serve it on this computer; PORT=8000
 	@$(BIN)/python tools/serve.py $(PORT)
 
 html: $(PACKAGES)  ## build the book into _build/html
-	rm -rf _build
+	rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -W -n --keep-going
 
 serve: $(PACKAGES)  ## serve what is built; PORT=8000
@@ -55,7 +58,7 @@ check: $(PACKAGES) $(BROWSER)  ## everything that CI checks, cheap first
 	$(NBVAL)
 	$(PYTEST_2) --dist worksteal tests/test_notebooks.py
 	$(MAKE) html
-	$(BIN)/python -m pytest -q tests/test_site.py
+	$(PYTEST_2) --dist worksteal $(SITE_TESTS)
 
 test: $(PACKAGES)  ## the tests of the package only
 	$(PYTEST_2) --dist loadfile $(SLOW_TESTS:%=--ignore=%)
@@ -81,11 +84,21 @@ newest:  ## check with the newest torch, transformers, ... in its own .venv
 	$(MAKE) check VENV=.venv-newest REQUIREMENTS=.newest.txt
 
 pages: $(PACKAGES)  ## make again what pages take from lessons and records
-	for page in conventions errata evidence outside paths; do \
+	for page in conventions errata evidence outside paths coverage numbers; do \
 		$(BIN)/python tools/$${page}_page.py || exit 1; done
 
 quizzes: $(PACKAGES)  ## write the quizzes as Moodle XML and QTI, into _build/quizzes
 	$(BIN)/python tools/export_quizzes.py
+
+pdf: html $(BROWSER)  ## print the book into _build/lora-from-scratch.pdf
+	$(BIN)/python tools/make_pdf.py
+
+zip: html  ## pack the book into one zip that opens without a server
+	$(BIN)/python tools/make_zip.py
+
+validate: html  ## check the pages with html-validate (needs node and npm)
+	npx --yes html-validate@9.7.1 --preset standard --formatter text \
+		_build/html/*.html _build/html/book/*.html _build/html/notebooks/*.html
 
 bench: $(PACKAGES)  ## time the layers against PEFT: 16 bits, 4, mixed batches
 	OMP_NUM_THREADS=1 $(BIN)/python bench/against_peft.py

@@ -76,7 +76,7 @@ def test_every_name_is_used_and_none_is_unknown():
         *VERDICTS,
         "n_claims",
     }
-    with pytest.raises(ValueError, match="asks for 'nonsense'"):
+    with pytest.raises(ValueError, match="nonsense stands either"):
         page_text(TEXT + "1<!--nonsense-->")
 
 

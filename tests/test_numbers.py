@@ -1,11 +1,12 @@
 """Numbers in prose: marks are filled, typed numbers are found, none is new."""
 
+import json
 import re
 import shutil
 
 import pytest
 
-from tools import check_numbers, notebooks, values
+from tools import check_numbers, numbers_page, values
 from tools.check_numbers import LEDGER, Judge
 from tools.notebooks import ROOT
 
@@ -60,6 +61,18 @@ def test_a_mark_is_filled_and_code_and_math_are_not(text, filled):
 def test_a_bad_mark_is_named(text, message):
     with pytest.raises(values.MarkError, match=message):
         values.fill(text, NAMES)
+
+
+def test_a_number_before_its_name_is_written_again():
+    makers = {"n": lambda: "1,234.5", "who": lambda: "7"}
+    text = "a 1<!--n-->, ?<!--who--> b 3 <!--no name--> 2<!--n-->."
+    again = values.renew(text, makers, "page.md")
+    assert again == (
+        "a 1,234.5<!--n-->, 7<!--who--> b 3 <!--no name--> 1,234.5<!--n-->."
+    )
+    for wrong in (text + "3<!--x-->", text.replace("who", "n")):
+        with pytest.raises(ValueError, match="page.md: (x|who) stands either"):
+            values.renew(wrong, makers, "page.md")
 
 
 # ----------------------------------------------------------- what a number is
@@ -195,6 +208,84 @@ def test_a_page_may_quote_what_a_lesson_shows_and_nothing_else():
     assert kinds == [["structural", "quoted"], ["structural", "typed"]]
 
 
+QUESTION = """# A quiz
+
+## Choose one: a loss of 3 nats
+
+There are 40 rows of width $7$, and 2.5 of them have a rank of 5. What is 0?
+
+- [ ] 12, or 0.6
+
+  It is 40, 7, 12, 2.5 or 13.
+- [x] {}
+
+  $40 \\cdot 7 = 280$, weight decay 0.1, not 200.
+
+## Put in order: 2 of 8 steps
+
+Order all 8.
+
+1. Take 2 of 9.
+
+   There are 8, and {{{{ n }}}}.
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "kinds"),
+    [("40", ["structural"]), ("12 of 40", ["typed", "structural"])],
+)
+def test_a_quiz_may_pose_numbers_but_not_add_any(tmp_path, right, kinds):
+    course(tmp_path, "A text.")
+    path = tmp_path / "book" / "quizzes" / "01_rank.md"
+    path.parent.mkdir()
+    path.write_text(QUESTION.format(right))
+    found = [(n.text, n.kind) for n in Judge(path, tmp_path).numbers()]
+    new = [text for text, kind in found if kind == "typed"]
+    assert new == [
+        "2.5",
+        "13",
+        *(["12"] if "typed" in kinds else []),
+        "200",
+        "9",
+    ]
+    at = found.index(("13", "typed")) + 1
+    assert [kind for _, kind in found[at : at + len(kinds)]] == kinds
+    assert found[-1] == ("{{}}", "computed")
+    assert path in check_numbers.files(tmp_path)
+
+
+def test_the_text_of_a_figure_may_say_what_its_section_prints(tmp_path):
+    path = ROOT / "book" / "lessons" / "06_hyperparameters.md"
+    text = path.read_text("utf-8")
+    old = "the three LoRA curves for ranks 1, 8 and 64 have"
+    assert text.count(old) == 1
+    text = text.replace(old, "7.25 LoRA curves for ranks 1, 8 and 64 have")
+    line = text[: text.index("7.25")].count("\n") + 1
+    found = [n for n in Judge(path, ROOT, text).numbers() if n.line == line]
+    assert [(n.text, n.kind) for n in found] == [
+        ("7.25", "typed"),
+        ("1", "quoted"),
+        ("8", "quoted"),
+        ("64", "quoted"),
+    ]
+
+
+def test_the_text_of_a_drawing_on_a_page_is_read(tmp_path):
+    course(tmp_path)
+    page = tmp_path / "book" / "page.md"
+    page.write_text(
+        '<svg viewBox="0 0 440 262">\n<desc>A square, 4,096 by 8<!--r-->.'
+        '</desc>\n<rect\n x="10"/>\n<text y="9">65 rows</text>\n</svg>\n'
+    )
+    found = [(n.text, n.kind, n.line) for n in Judge(page, tmp_path).numbers()]
+    assert found == [
+        ("4,096", "typed", 2),
+        ("8", "computed", 2),
+        ("65", "typed", 5),
+    ]
+
+
 def test_what_a_tool_writes_into_a_page_counts_as_computed(tmp_path):
     page = "a 5 b\n\n% begin table: made by x\n\n| 1.5 | 2 |\n\n% end table\n"
     course(tmp_path, page=page)
@@ -203,12 +294,23 @@ def test_what_a_tool_writes_into_a_page_counts_as_computed(tmp_path):
     assert judge.n_generated == 2
 
 
-@pytest.mark.parametrize("path", notebooks.texts(ROOT), ids=lambda p: p.stem)
+TEXTS = [
+    path for path in check_numbers.files(ROOT) if path.parent.name != "book"
+]
+
+
+@pytest.mark.parametrize(
+    "path", TEXTS, ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_no_number_is_overlooked(path):
     """The numbers outside math are those that a simple search finds."""
-    text = path.read_text("utf-8").split("\n---\n", 1)[1]
-    for hidden in (
+    text = path.read_text("utf-8").split("\n---\n", 1)[-1]
+    text = re.sub(
         r"(?ms)^```.*?^```",
+        lambda m: " ".join(re.findall(r'alt: "(.*?)"', m[0])),
+        text,
+    )
+    for hidden in (
         r"(?s)\$\$.*?\$\$",
         r"`+[^`\n]+`+|\]\([^)]*\)|\$[^$\n]*\$|\{\{.*?\}\}|<[^>]*>",
         r"(?m)^\d+\. ",
@@ -217,6 +319,84 @@ def test_no_number_is_overlooked(path):
     simple = re.findall(r"(?<![\w.])\d(?:[\d,]*\d)?(?:\.\d+)?(?:e-\d+)?", text)
     found = [n.text for n in Judge(path, ROOT).numbers() if not n.math]
     assert sorted(n for n in found if n != "{{}}") == sorted(simple)
+
+
+# --------------------------------------- pages that are filled from the code
+
+
+@pytest.mark.parametrize("name", numbers_page.PAGES)
+def test_the_numbers_of_a_page_are_those_of_the_code(name):
+    text = (ROOT / "book" / name).read_text("utf-8")
+    again = numbers_page.page_text(name, text)
+    assert again == text, "run: python tools/numbers_page.py"
+
+
+# By hand: the parameters of Llama-2-7B and its seven matrices are in its
+# configuration, Project Gutenberg's and Databricks' counts on their pages.
+BY_HAND = {
+    "intro.md": {
+        "base_gb": 2 * 6_738_415_616 / 1e9,
+        "width": 4096,
+        "two_widths": 2 * 4096,
+        "whole": 4096 * 4096,
+        "thin": 8 * 4096 * 2,
+        "fewer": 4096 * 4096 / (8 * 4096 * 2),
+        "adapter": 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008)),
+        "adapter_mb": 2 * 19_988_480 / 1e6,
+        "rank": 8,
+    },
+    "how_to_use.md": {
+        "tiny_millions": 4.273664,
+        "small_download": 92.87104,
+        "billions": 7.241732096,
+        "setup_gb": 2,
+        "python_oldest": 3.11,
+        "python_newest": 3.13,
+    },
+    "data.md": {"gpt2_millions": 124.439808, "context": 340},
+}
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_the_numbers_of_a_page_come_out_by_hand(page):
+    for name, number in BY_HAND[page].items():
+        said = numbers_page.PAGES[page][name]().replace(",", "")
+        digits = len(said.partition(".")[2])
+        assert float(said) == round(number, digits), (page, name)
+
+
+def test_the_numbers_of_the_bundled_texts_are_counted_in_the_files():
+    found = {name: f() for name, f in numbers_page.PAGES["data.md"].items()}
+    data = ROOT / "lora_from_scratch" / "assets" / "data"
+    for part in ("train", "test"):
+        text = (data / f"qa_{part}.jsonl").read_text("utf-8")
+        articles = set(re.findall(r'^\{"article": "(.*?)", "con', text, re.M))
+        assert found[f"{part}_articles"] == str(len(articles))
+    # The longest context that was cut is as long as is allowed, or nearly.
+    contexts = re.findall(r'"context": (".*?"), "question', text)
+    longest = max(len(json.loads(context)) for context in contexts)
+    assert int(found["context"]) - 40 < longest <= int(found["context"])
+    least, most = (
+        int(found[f"held_out_{which}"].replace(",", ""))
+        for which in ("least", "most")
+    )
+    assert 40_000 <= least < most
+
+
+def test_the_cover_is_drawn_to_the_scale_that_it_names():
+    text = (ROOT / "book" / "intro.md").read_text("utf-8")
+    cover = re.search(r'<svg class="lora-cover".*?</svg>', text, re.S)[0]
+    width = {
+        kind: {int(w) for w in re.findall(rf'"{kind}".*? width="(\d+)"', cover)}
+        for kind in ("frozen", "trained")
+    }
+    (whole,), (thin, _) = width["frozen"], sorted(width["trained"])
+    assert thin / whole == numbers_page.RANK / numbers_page.LLAMA.d_model
+
+
+def test_a_line_that_is_gone_is_an_error():
+    with pytest.raises(ValueError, match="Makefile has 0 times 'no such"):
+        numbers_page.said("Makefile", "no such line")
 
 
 # -------------------------------------------------------------------- ratchet
@@ -313,6 +493,17 @@ PLANTED = [
         "61.7",
     ),
     ("intro.md", "\n## ", "\nThe file has 40,123 bytes.\n\n## ", "40,123"),
+    ("intro.md", "W0, 4,096<!--width--> by", "W0, 4,097 by", "4,097"),
+    ("how_to_use.md", "2<!--setup_gb--> GB of disk", "5 GB of disk", "5"),
+    ("self_test.md", "; 11,520 trained", "; 11,530 trained", "11,530"),
+    ("lessons/06_hyperparameters.md", "8 and 64 have", "8 and 65 have", "65"),
+    (
+        "quizzes/07_peft_family.md",
+        '{{ kjv["BitFit"][0]["n_trainable"]:,}} bias',
+        "11,530 bias",
+        "11,530",
+    ),
+    ("quizzes/03_lora_layer.md", "{{ math.sqrt(200):.0f }}", "15", "15"),
     (
         "notation.md",
         "\n## ",

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from markdown_it import MarkdownIt
+from small_quiz import SMALL
 
 from book._ext import quiz as quizzes
 from tools import export_quizzes as export
@@ -18,75 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LESSONS = sorted((ROOT / "book" / "lessons").glob("[0-9][0-9]_*.md"))
 TEXTS = sorted((ROOT / "book" / "quizzes").glob("*.md"))
 NAMES = [path.stem for path in TEXTS]
-
-SMALL = """\
-# A small quiz / with a slash
-
-## Choose one: the sign of a square
-
-What is $(-2)^2$, and is it < 5 & > 3?
-
-- [ ] −4
-
-  The sign was kept.
-- [x] 4
-
-  Two signs cancel, see [the glossary](../glossary.md#rank).
-- [ ] 2
-
-  Half of a square.
-
-## Choose all that hold: even numbers
-
-Which are even?
-
-- [x] 2
-
-  It is twice one.
-- [ ] 3
-
-  It is odd.
-- [x] 4
-
-  It is twice two.
-- [ ] 5
-
-  It is odd as well.
-
-## Give a number: a price
-
-What does it cost?
-
-- [ ] 1,000 GB
-
-  You left the tax out.
-- [x] 1,234.5 ± 0.5 GB
-
-  That is the price.
-- [ ] −3 ± 1 GB
-
-  A price is not negative.
-- [ ] anything else
-
-  Add up the items.
-
-## Put in order: getting up
-
-Order them.
-
-1. Wake up.
-
-   Nothing goes before it.
-2. Stand up.
-
-   Lying down one cannot walk.
-3. Walk.
-
-   Now one can.
-4. Run.
-
-   Last.
-"""
 
 
 def small():

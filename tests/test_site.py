@@ -1,350 +1,201 @@
 """Tests of the built book: every page, in a browser that may reach nothing.
 
-Each page is opened once from a local server, light, dark and at phone width,
-and once from file://. Requests to any other address are refused and recorded.
-Needs `make html` before it and a Chromium (`make setup` finds one).
+Each page is opened twice, from a local server in a wide window and from
+file:// in a narrow one, and asked everything while it is open: axe (all rules
+in both windows, but colors, which do not depend on the width: those once light
+and once dark), bytes, shifts, overlaps, widgets by key and by mouse, paper. One
+failure lists all that is wrong with a page. Needs `make html` before it and a
+Chromium (`make setup` finds one).
 """
 
-import threading
 from collections import Counter
 from functools import cache
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from site_pages import (
+    BOOK,
+    GENERATED,
+    NO_COLORS,
+    ONLY_COLORS,
+    PAGES,
+    PAPER,
+    STILL,
+    Watched,
+    axe_source,
+    count_widgets,
+    go_dark,
+    lacking_icons,
+    launched,
+    served,
+    stuck_controls,
+    violations,
+)
 
-from tools.find_chromium import HELP, find
-from tools.serve import server
-
-ROOT = Path(__file__).resolve().parents[1]
-BOOK = ROOT / "_build" / "html"
-PAGES = sorted(
-    str(path.relative_to(BOOK))
-    for path in BOOK.rglob("*.html")
-    if "_static" not in path.parts and path != BOOK / "index.html"
-) or ["book/intro.html"]  # not built: every test says so
-GENERATED = {"search.html", "genindex.html"}  # not our text
 LESSONS = [page for page in PAGES if page.startswith("notebooks/")]
-
-MAX_PAGE_BYTES = 1_500_000
-PHONE_WIDTHS = (390, 360, 320)  # 320: WCAG 2.1, criterion 1.4.10
-DESKTOP = {"width": 1280, "height": 900}
-PATIENCE_MS = 60_000  # a busy machine may take its time
-STILL = "*, ::before, ::after { transition: none !important }"
-AXE_TAGS = [
-    *("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"),
-    "best-practice",
-]
-WIDGET = 'script[type="application/vnd.jupyter.widget-view+json"]'
-FLAGS = [
-    "--no-sandbox",  # root in a container has no other way
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def built():
-    """Fail before anything else when there is no book to look at."""
-    if not (BOOK / "index.html").is_file():
-        pytest.fail("the book is not built: run `make html` first")
+MAX_BYTES = 1_500_000
+MAX_SHIFT = 0.1  # "good", web.dev; bench/page_load.py measures the goal, 0.05
+WIDE, PHONE, NARROWEST = 1440, 360, 320  # 320: WCAG 2.1, criterion 1.4.10
 
 
 @pytest.fixture(scope="session")
-def address(built):
-    """Serve the book; the address ends in a slash."""
-    with server(0, BOOK) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_address[1]}/"
-        httpd.shutdown()
+def addresses():
+    with served() as addresses:
+        yield addresses
 
 
 @pytest.fixture(scope="session")
-def browser(built):
-    """One headless Chromium for all tests."""
-    from playwright.sync_api import sync_playwright
-
-    path = find()
-    if path is None:
-        pytest.fail(HELP)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+def browser(addresses):
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
-class Watched:
-    """A browser page that records what goes wrong and refuses to go out."""
-
-    def __init__(self, browser, base, **options):
-        self.problems, self.requests = [], []
-        self.context = browser.new_context(viewport=DESKTOP, **options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
-        self.base = base
-        self.page.route("**/*", self._route)
-        self.page.on("console", self._console)
-        self.page.on("pageerror", lambda e: self._problem("script error", e))
-        self.page.on("requestfinished", lambda r: self.requests.append(r))
-        self.page.on("requestfailed", lambda r: self._problem("failed", r.url))
-        self.page.on("response", self._response)
-
-    def open(self, page):
-        """Open a page of the book and wait until maths and widgets stand."""
-        self.page.goto(self.base + page, wait_until="load")
-        self.page.evaluate("window.MathJax?.startup?.promise")
-        self.page.evaluate("document.fonts.ready.then(() => true)")
-        return self.page
-
-    def _route(self, route):
-        url = route.request.url
-        if url.startswith((self.base, "data:", "blob:")):
-            return route.continue_()
-        self._problem("request to outside", url)
-        return route.abort()
-
-    def _console(self, message):
-        if message.type in ("error", "warning"):
-            self._problem(f"console {message.type}", message.text)
-
-    def _response(self, response):
-        if response.status >= 400:
-            self._problem(f"status {response.status}", response.url)
-
-    def _problem(self, kind, what):
-        self.problems.append(f"{kind}: {what}")
-
-
-@cache
-def axe_source():
-    """Return axe-core, which the package axe-playwright-python carries."""
-    spec = find_spec("axe_playwright_python")
-    if spec is None:
-        pytest.fail("axe-core is missing: run `make setup`")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    return (folder / "axe.min.js").read_text(encoding="utf-8")
-
-
-def violations(page):
-    """Return what axe-core finds, one line for each element."""
-    options = {
-        "runOnly": AXE_TAGS,
-        "resultTypes": ["violations"],
-        "preload": False,  # else it fetches style sheets, from wrong addresses
+def looks(page, width):
+    """Return what is wrong with the layout of an open page at a width."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.evaluate("document.activeElement?.blur(); scrollTo(0, 0)")
+    return {
+        f"sticks out at {width} px": page.evaluate("checks.stickingOut()"),
+        f"overlaps at {width} px": page.evaluate("checks.overlapping()"),
     }
-    found = page.evaluate("o => axe.run(document, o)", options)["violations"]
-    return [
-        f"{rule['id']} ({rule['impact']}): {node['target']}"
-        for rule in found
-        for node in rule["nodes"]
-    ]
 
 
-# Solutions and tables that wait for a click can be too wide as well.
-OPEN_ALL = """() => document.querySelectorAll("main details").forEach(
-  (details) => { details.open = true; })"""
+def axe(page, *settings):
+    """Return what axe says of an open page: {theme and options: violations}.
 
-# What sticks out of the window to the right, and is not inside a box that
-# scrolls or clips by itself.
-STICKING_OUT = """() => {
-  const clipped = (el) => {
-    for (let at = el.parentElement; at; at = at.parentElement) {
-      if (getComputedStyle(at).overflowX !== "visible") return true;
-    }
-    return getComputedStyle(el).position === "fixed";
-  };
-  const wide = [...document.querySelectorAll("main *")].filter((el) =>
-    el.getBoundingClientRect().right > innerWidth + 1 && !clipped(el));
-  const scrolls = document.documentElement.scrollWidth > innerWidth;
-  return (scrolls ? ["the page scrolls"] : []).concat(
-    wide.map((el) => el.tagName + "." + el.className));
-}"""
+    Args:
+        page: still light.
+        settings: (theme, options); light before dark.
+    """
+    page.evaluate(axe_source())
+    page.add_style_tag(content=STILL)  # no color on its way to another
+    found = {}
+    for theme, options in settings:
+        if theme == "dark":
+            go_dark(page)
+        found[f"axe, {theme}"] = violations(page, **options)
+    return found
 
 
-ICONS = """() => [...document.querySelectorAll("i[class*=fa-]")].map(
-  (el) => [el.className, getComputedStyle(el, "::before").content])"""
-
-
-@pytest.fixture(scope="session")
-def look(browser, address):
-    """Return a function that opens a page once and tells all about it."""
-
-    @cache
-    def look_at(name):
-        watched = Watched(browser, address, color_scheme="light")
-        page = watched.open(name)
-        seen = {}
-        sizes = Counter()
-        for request in watched.requests:
-            sizes[request.url] += request.sizes()["responseBodySize"]
-        seen["bytes"] = sizes.total()
-        seen["largest"] = sizes.most_common(5)
-        seen["raw maths"] = page.locator("mjx-merror").count()
-        seen["icons"] = page.evaluate(ICONS)
-        page.evaluate(axe_source())
-        page.add_style_tag(content=STILL)  # no colour on its way to another
-        seen["light"] = violations(page)
-        page.emulate_media(color_scheme="dark")
-        page.wait_for_function(
-            "document.documentElement.dataset.theme === 'dark'"
-        )
-        seen["dark"] = violations(page)
-        page.evaluate(OPEN_ALL)
-        seen["sticking out"] = {}
-        for width in PHONE_WIDTHS:
-            page.set_viewport_size({"width": width, "height": 844})
-            seen["sticking out"][width] = page.evaluate(STICKING_OUT)
-        seen["problems"] = watched.problems
-        watched.context.close()
-        return seen
-
-    return look_at
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_page_opens_without_a_failed_or_outside_request(look, page):
-    assert look(page)["problems"] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_page_opens_from_a_folder(browser, page):
-    watched = Watched(browser, BOOK.as_uri() + "/")
-    watched.open(page)
-    watched.context.close()
-    assert watched.problems == []
-
-
-@pytest.mark.parametrize("scheme", ["http", "file"])
-def test_front_door_leads_to_the_start_page(browser, address, scheme):
-    base = address if scheme == "http" else BOOK.as_uri() + "/"
-    watched = Watched(browser, base)
-    watched.page.goto(base + "index.html", wait_until="commit")
-    watched.page.wait_for_url("**/book/intro.html")
-    watched.context.close()
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_page_is_light_enough(look, page):
-    seen = look(page)
-    assert seen["bytes"] <= MAX_PAGE_BYTES, seen["largest"]
-
-
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_no_violation(look, page, theme):
-    assert look(page)[theme] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("width", PHONE_WIDTHS)
-def test_phone_does_not_scroll_sideways(look, page, width):
-    assert look(page)["sticking out"][width] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_all_maths_is_understood(look, page):
-    assert look(page)["raw maths"] == 0
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_cut_icon_fonts_hold_every_icon(look, page):
-    held = (ROOT / "book/static/fonts/icons.txt").read_text().split()
-    for name, content in look(page)["icons"]:
-        sign = content.strip('"')
-        assert sign, f"{name} draws nothing: its CSS rule was cut"
-        assert f"{ord(sign[0]):x}" in held, f"{name} is not in the cut fonts"
-
-
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("scheme", ["http", "file"])
-def test_widgets_move_by_key_and_by_mouse(browser, address, page, scheme):
-    text = (BOOK / page).read_text(encoding="utf-8")
-    markers = text.count("application/vnd.jupyter.widget-view+json")
-    if not markers:
-        return  # nothing on this page can move
-    base = address if scheme == "http" else BOOK.as_uri() + "/"
-    watched = Watched(browser, base)
-    tab = watched.open(page)
-    hosts = tab.locator(f"{WIDGET} + div")
-    assert hosts.count() == markers
-    for number in range(markers):
-        host = hosts.nth(number)
-        host.locator("input, button, select").first.wait_for()
-        assert host.get_attribute("role") != "alert", host.inner_text()
-        for slider in host.locator("input[type=range]").all():
-            slider.focus()
-            slider.press("Home")
-            before = host.inner_text()
-            slider.press("ArrowRight")
-            by_key = host.inner_text()
-            assert by_key != before, "ArrowRight changed nothing"
-            box = slider.bounding_box()
-            middle = {"x": box["width"] * 0.6, "y": box["height"] / 2}
-            slider.click(position=middle)
-            assert host.inner_text() != by_key, "the mouse changed nothing"
-        for chooser in host.locator("select").all():
-            if not (chooser.is_visible() and chooser.is_enabled()):
-                continue  # another choice made it pointless
-            values = chooser.locator("option:enabled").evaluate_all(
-                "options => options.map(option => option.value)"
-            )
-            others = set(values) - {chooser.input_value()}
-            before = host.inner_text()
-            chooser.select_option(value=min(others))  # a name can look alike
-            assert host.inner_text() != before, "a choice changed nothing"
-    watched.context.close()
-    assert watched.problems == []
-
-
-@pytest.mark.parametrize("scheme", ["http", "file"])
-def test_search_finds_a_word_of_the_glossary(browser, address, scheme):
-    base = address if scheme == "http" else BOOK.as_uri() + "/"
-    watched = Watched(browser, base)
-    tab = watched.open("search.html?q=adapter")
-    # one result after the other appears, so wait for this one
-    tab.locator("#search-results a", has_text="Glossary").first.wait_for()
-    watched.context.close()
-    assert watched.problems == []
-
-
-@pytest.mark.parametrize("page", LESSONS)
-def test_solution_and_download_are_one_click_away(browser, address, page):
-    watched = Watched(browser, address)
-    tab = watched.open(page)
-    solutions = tab.locator("summary", has_text="Show one solution")
-    assert solutions.count() > 0, "no exercise with a solution"
+def solution_hides(page):
+    """Open a lesson's first solution; return what is wrong with it."""
+    solutions = page.locator("summary", has_text="Show one solution")
+    if not solutions.count():
+        return "no exercise with a solution"
     solutions.first.click()
-    hidden = tab.locator("details[open] .cell_input").first
-    assert hidden.is_visible()
-    assert "SOLUTION" not in hidden.inner_text()
-    link = tab.locator("a.btn-download-source-button").get_attribute("href")
-    assert watched.context.request.get(
-        tab.evaluate("href => new URL(href, location).href", link)
-    ).ok
-    colab = tab.locator("a[href*='colab.research.google.com']").first
-    assert "/notebooks/student/" in colab.get_attribute("href")
-    watched.context.close()
+    code = page.locator("details[open] .cell_input").first
+    if not code.is_visible() or "SOLUTION" in code.inner_text():
+        return "a click does not show it, or not as one reads it"
+
+
+def faults(found):
+    """Return the checks that found something, with what they found."""
+    return {name: what for name, what in found.items() if what}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_from_a_server_in_a_wide_window(browser, addresses, page):
+    with Watched(browser, addresses["http"], width=WIDE) as watched:
+        tab = watched.open(page)
+        loaded = tab.evaluate("checks.loaded()")
+        found = {
+            "too heavy": loaded["bytes"] > MAX_BYTES and loaded["largest"],
+            "shifts": loaded["shift"] > MAX_SHIFT and loaded["moved"],
+            "raw maths": tab.locator("mjx-merror").count(),
+            "icons": lacking_icons(tab),
+            **looks(tab, WIDE),
+        }
+        tab.evaluate("checks.markRepeatedCode()")
+        found |= axe(tab, ("light", {}), ("dark", ONLY_COLORS))
+        tab.evaluate("checks.beforePrint()")
+        tab.set_viewport_size(PAPER)
+        tab.emulate_media(media="print", color_scheme="light")
+        if page not in GENERATED:
+            found["lost in print"] = tab.evaluate("checks.lostInPrint()")
+        tab.emulate_media(media="screen")
+        tab.evaluate("dispatchEvent(new Event('afterprint'))")
+        tab.set_viewport_size({"width": WIDE, "height": 900})
+        found["widgets"] = stuck_controls(tab, count_widgets(page))
+        found["solution"] = page in LESSONS and solution_hides(tab)
+    assert faults(found) == {} and watched.problems == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_from_a_folder_on_a_phone(browser, addresses, page):
+    with Watched(browser, addresses["file"], width=PHONE) as watched:
+        tab = watched.open(page)
+        loaded = tab.evaluate("checks.loaded()")
+        found = {
+            "shifts": loaded["shift"] > MAX_SHIFT and loaded["moved"],
+            **axe(tab, ("light", NO_COLORS)),
+            "widgets": stuck_controls(tab, count_widgets(page)),
+        }
+        tab.evaluate("checks.openAll()")
+        found |= looks(tab, PHONE)
+        tab.set_viewport_size({"width": NARROWEST, "height": 900})
+        found["320 px"] = tab.evaluate("checks.stickingOut()")
+    assert faults(found) == {} and watched.problems == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_front_door_leads_to_the_start_page(browser, addresses, scheme):
+    with Watched(browser, addresses[scheme]) as watched:
+        watched.page.goto(watched.base + "index.html", wait_until="commit")
+        watched.page.wait_for_url("**/book/intro.html")
+
+
+ROOM_AND_SIZE = """() => [...document.querySelectorAll("span.math")].map(
+  (el) => [parseFloat(el.style.getPropertyValue("--formula")),
+    el.querySelector("mjx-container").getBoundingClientRect().width /
+      parseFloat(getComputedStyle(el).fontSize)])"""
+
+
+def test_a_formula_gets_about_the_room_it_takes(browser, addresses):
+    with Watched(browser, addresses["http"]) as watched:
+        pairs = watched.open(LESSONS[0]).evaluate(ROOM_AND_SIZE)
+    assert len(pairs) > 50
+    off = sorted(abs(room - size) for room, size in pairs)
+    assert off[len(off) // 2] < 0.5 and off[-1] < 4  # in em
+
+
+# ------------------------------ what the pages' text says by itself
+
+
+VOID = set("area base br col embed hr img input link meta source wbr".split())
+BLOCKS = set(
+    "article aside blockquote details div dl fieldset figure footer form h1 h2 "
+    "h3 h4 h5 h6 header hr main nav ol p pre section table ul".split()
+)
 
 
 class Marks(HTMLParser):
-    """Collect the ids, links and images of a page."""
+    """Collect the ids, links and images of a page, and tags out of order."""
 
     def __init__(self):
         super().__init__()
         self.ids, self.links, self.images = Counter(), [], []
+        self.open, self.tangled = [], []
+
+    def handle_endtag(self, tag):
+        """Note whether it closes what was opened last."""
+        if tag not in VOID and (not self.open or self.open.pop() != tag):
+            self.tangled.append(f"</{tag}> in line {self.getpos()[0]}")
 
     def handle_starttag(self, tag, attributes):
         """Note what a start tag says."""
+        if tag in BLOCKS and "p" in self.open:
+            self.tangled.append(f"<{tag}> within <p>, line {self.getpos()[0]}")
+        if tag not in VOID:
+            self.open.append(tag)
         has = dict(attributes)
         if has.get("id"):
             self.ids[has["id"]] += 1
-        if tag == "a" and has.get("href"):
+        if has.get("href"):
             self.links.append(has["href"])
+        if has.get("src"):
+            self.links.append(has["src"])
         if tag == "img":
             self.images.append((has.get("src", ""), has.get("alt")))
 
@@ -357,8 +208,8 @@ def marks(page):
     return parser
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_and_anchors_lead_somewhere(page):
+def broken_links(page):
+    """Return the links within the book that lead nowhere, anchors included."""
     broken = []
     for link in marks(page).links:
         parts = urlsplit(link)
@@ -370,23 +221,92 @@ def test_links_and_anchors_lead_somewhere(page):
         if not target.is_file():
             broken.append(link)
         elif parts.fragment and target.suffix == ".html":
-            ids = marks(str(target.relative_to(BOOK.resolve()))).ids
+            ids = marks(str(target.relative_to(BOOK))).ids
             if unquote(parts.fragment) not in ids:
                 broken.append(link)
-    assert broken == []
+    return broken
+
+
+def dumb_images(page):
+    """Return the images that do not say what they show."""
+    found = []
+    for source, alt in marks(page).images:
+        decoration = "_images" not in source and (
+            "logo" in Path(source).name or alt == ""
+        )
+        named = alt and Path(source).stem not in alt
+        if not decoration and (not named or alt.endswith((".png", ".svg"))):
+            found.append(f"{source}: {alt!r}")
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_ids_are_unique(page):
-    assert [name for name, n in marks(page).ids.items() if n > 1] == []
+def test_links_anchors_ids_images_and_tags(page):
+    found = {
+        "broken links": broken_links(page),
+        "ids twice": [i for i, n in marks(page).ids.items() if n > 1],
+        "images": page not in GENERATED and dumb_images(page),
+        "tags": marks(page).tangled + marks(page).open,
+    }
+    assert faults(found) == {}
 
 
-@pytest.mark.parametrize("page", sorted(set(PAGES) - GENERATED))
-def test_images_say_what_they_show(page):
-    for source, alt in marks(page).images:
-        decoration = "logo" in Path(source).name or alt == ""
-        if not decoration or "_images" in source:
-            assert alt, f"{source} has no alt text"
-            name = Path(source).stem
-            assert name not in alt, f"alt of {source} is its file name"
-            assert not alt.endswith((".png", ".svg")), f"alt of {source}: {alt}"
+@pytest.mark.parametrize("page", LESSONS)
+def test_launch_links_lead_to_the_exercise_copy(page):
+    colab = [link for link in marks(page).links if "colab.research" in link]
+    assert colab and "/notebooks/student/" in colab[0]
+
+
+# ------------------------------ the checks above can fail
+
+FAULTY = f"""<!doctype html><html lang="en"><title>x</title><main>
+<article><h1>Title</h1><div id="late"></div>
+<p style="height: 1px; margin: 0">One line</p>
+<p style="margin: 0">and another</p>
+<p class="screen">Only on a screen</p>
+<style>@media print {{ .screen {{ display: none }} }}</style>
+<pre style="overflow: auto">{"x" * 200}</pre>
+<p style="width: 2000px; text-align: right; color: #ccc">Wide, wide</p>
+<img src="http://example.com/x.png"></article></main>
+<script>onload = () => requestAnimationFrame(() => setTimeout(() => {{
+  late.style.height = "400px";
+  requestAnimationFrame(() => setTimeout(() => late.append("moved")));
+}}, 100));</script></html>"""
+
+
+def test_a_faulty_page_is_caught(browser, tmp_path):
+    (tmp_path / "x.html").write_text(FAULTY, encoding="utf-8")
+    with Watched(browser, f"{tmp_path.as_uri()}/", width=PHONE) as watched:
+        tab = watched.open("x.html")
+        tab.get_by_text("moved").wait_for()
+        assert tab.evaluate("checks.loaded()")["shift"] > MAX_SHIFT / 2
+        found = " ".join(str(what) for what in looks(tab, PHONE).values())
+        assert "“One line” and “and another”" in found
+        assert "the page scrolls" in found
+        tab.evaluate("checks.beforePrint()")
+        tab.emulate_media(media="print")
+        lost = tab.evaluate("checks.lostInPrint()")
+        assert "gone: Only on a screen" in lost
+        assert f"cut off: pre “{'x' * 40}”" in lost
+        assert "cut off: p “Wide, wide”" in lost
+        tab.emulate_media(media="screen")
+        tab.evaluate(axe_source())
+        said = str(violations(tab))
+        assert "image-alt" in said and "color-contrast" in said
+    assert any("outside: http://example.com" in p for p in watched.problems)
+
+
+def test_a_link_to_nowhere_is_caught(monkeypatch):
+    parser = Marks()
+    parser.feed(
+        '<a href="no.html"></a><a href="#no"></a><a id="x" href="#x"></a>'
+        '<a id="x" href="https://example.com"></a><img src="_images/no.png">'
+    )
+    monkeypatch.setitem(globals(), "marks", lambda page: parser)
+    assert broken_links("search.html") == ["no.html", "#no", "_images/no.png"]
+    assert dumb_images("search.html") == ["_images/no.png: None"]
+    assert parser.ids["x"] == 2 and parser.tangled == []
+    parser.feed("<p>a<ul></ul></p><b><i></b></i>")
+    assert [fault.split()[0] for fault in parser.tangled] == [
+        "<ul>", "</b>", "</i>"
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Find numbers in the prose of lessons and pages that nothing computes.
+"""Find numbers in the prose of lessons, quizzes and pages that are typed.
 
     python tools/check_numbers.py                     # a table, and what is new
     python tools/check_numbers.py --list book/lessons/02_low_rank_updates.md
@@ -14,12 +14,19 @@ cited       its sentence, or one before it in the paragraph, links to the
             sentence "Source: ..." or "Computed in ..." covers its
             paragraph, and one that begins a paragraph the one before too.
 structural  a label (lesson 3, section 3.1, GPT-2, 4-bit, the year 1936), a
-            choice or wrong guess of a prediction, a saying in quotes that is
-            a heading or "Often said", a setting that a cell of the
-            section has as well (``steps=400``), arithmetic in math that is
-            right, a small constant of a formula
+            choice or wrong guess of a prediction, what a question of a quiz
+            poses (below), a saying in quotes that is a heading or "Often
+            said", a setting that a cell of the section has as well
+            (``steps=400``), arithmetic in math that is right, a small constant
+            of a formula
 wrong       arithmetic in math whose sides differ
 typed       all others: nobody would notice if it were wrong
+
+A quiz makes its questions up: 0, 1, the whole numbers of a question and all
+numbers of its wrong choices are structural, and explanations may repeat them.
+A decimal in a question, the number of a right choice and what an explanation
+adds are judged like prose. The text alternative of a figure may hold what the
+cells of its section print.
 
 tests/typed_numbers.txt holds the numbers that are typed today, file by file. A
 file may not have others (compute them), and what is gone has to leave the list
@@ -77,8 +84,8 @@ YEAR = re.compile(r"(?:19\d\d|20[0-3]\d)$")
 YEAR_BEFORE = re.compile(r"(?:[A-Z][\w-]+|al\.|\bin|\bof|\bsince|\() $|\($")
 VERSION = re.compile(
     r"(?:Python|PyTorch|PEFT|torch|transformers|CUDA|vLLM|CPython|numpy|NumPy"
-    r"|MMLU|WordNet|CC BY(?:-SA)?|CC0|Apache|Apache-|Llama|Mistral|Qwen|Phi"
-    r"|Gemma|Intel|Ampere|Zen) v?$"
+    r"|MMLU|SQuAD|WordNet|CC BY(?:-SA)?|CC0|Apache|Apache-|Llama|Mistral|Qwen"
+    r"|Phi|Gemma|Intel|Ampere|Zen) v?$"
 )
 GUESS = re.compile(
     r"\b(?:you|people|most|whoever|who|anyone|guess|answer|guesses|answers)\b"
@@ -93,6 +100,8 @@ COVERS = re.compile(r"Sources?:|Computed in")
 NAME = re.compile(r"<!--\w+-->")
 SAYING = re.compile(r"“[^”]*”|\"[^\"]*\"")
 LESSON = re.compile(r"(?:^|/)(\d\d_\w+)\.ipynb")
+CHOICE = re.compile(r"\[([ x])\] ")
+ALT = re.compile(r'\balt: "((?:[^"\\]|\\.)*)"')
 CELL_HEADER = re.compile(r"\A(?:---\n.*?\n---\n|(?::[^\n]*\n)+)", re.S)
 FORMATS = {"1", "2", "3", "4", "8", "16", "32", "64"}  # with "bits": names
 # Everywhere in code, so that meeting one of them says nothing.
@@ -123,6 +132,7 @@ class Block(NamedTuple):
     links: list  # (start, end, address)
     section: int
     heading: bool
+    figure: bool = False  # its text alternative
 
 
 class Code(NamedTuple):
@@ -146,7 +156,7 @@ def read(text):
     text, n_generated = blank(text)
     parser = MarkdownIt("commonmark").enable("table")
     parser.use(deflist_plugin).use(dollarmath_plugin)
-    blocks, cells, section, row = [], [], 0, None
+    blocks, figures, cells, section, row = [], [], [], 0, None
     heading = False
     for token in parser.parse(text):
         if token.type == "heading_open":
@@ -177,13 +187,19 @@ def read(text):
                 Block(line, MATH, [token.content], [], section, False)
             )
         elif token.type == "html_block":
-            plain = re.sub(
-                r"<svg.*?</svg>|<[^>]*>", " ", token.content, flags=re.S
-            )
+            plain = re.sub(NAME, MADE, token.content)
+            plain = re.sub(r"<[^>]*>", lambda m: empty(m, " "), plain)
             line = token.map[0] + 1
             blocks.append(Block(line, plain, [], [], section, False))
         elif token.type == "fence" and token.info.startswith("{code-cell}"):
             cells.append((section, token.content))
+            header = CELL_HEADER.match(token.content)
+            if alt := header and ALT.search(header[0]):
+                line = token.map[0] + 2 + header[0].count("\n", 0, alt.start())
+                figures.append(
+                    Block(line, alt[1], [], [], section, False, True)
+                )
+    blocks = sorted(blocks + figures, key=lambda block: block.line)
     return blocks, cells, n_generated
 
 
@@ -207,17 +223,17 @@ def blank(text):
         done += [text[at : mark.start], MARK]
         at = mark.end
     text = "".join([*done, text[at:]])
-    n_generated = 0
-
-    def empty(match):
-        nonlocal n_generated
-        n_generated += len(NUMBER.findall(match[0]))
-        return "\n" * match[0].count("\n")
-
-    text = re.sub(r"^% begin (\S+).*?^% end \1", empty, text, flags=re.M | re.S)
+    made = re.compile(r"^% begin (\S+).*?^% end \1", re.M | re.S)
+    n_generated = sum(len(NUMBER.findall(m[0])) for m in made.finditer(text))
+    text = made.sub(empty, text)
     if header := re.match(r"---\n.*?\n---\n", text, re.S):
         text = "\n" * header[0].count("\n") + text[header.end() :]
     return re.sub(r"^% .*", "", text, flags=re.M), n_generated
+
+
+def empty(match, instead=""):
+    """Return the line breaks of a match, or ``instead`` if it has none."""
+    return "\n" * match[0].count("\n") or instead
 
 
 def flatten(token):
@@ -416,6 +432,12 @@ def numbers_in(text):
     return {value_of(number) for number in NUMBER.findall(text)}
 
 
+def numbers_of(block):
+    """Return the set of numbers in a block, those of its formulas too."""
+    tex = " ".join(block.maths)
+    return numbers_in(block.text) | set(map(value_of, MATH_NUMBER.findall(tex)))
+
+
 @cache
 def shown(notebook):
     """Return (numbers, text) of each output and value of a built lesson.
@@ -465,6 +487,34 @@ def sentences(text):
     return list(zip(cuts, cuts[1:], strict=False))
 
 
+def posed(blocks):
+    """Return {line of a block: numbers that may stand there} of a quiz.
+
+    A question is what stands under a heading before its choices, and in an
+    ordering, which has none, the heading and one paragraph.
+    """
+    found = {}
+    for section in {block.section for block in blocks}:
+        here = [block for block in blocks if block.section == section]
+        ticks = [CHOICE.match(block.text) for block in here]
+        n = next((i for i, tick in enumerate(ticks) if tick), 2)
+        asked = {0.0, 1.0}.union(*map(numbers_of, here[:n]))
+        wrong = [
+            numbers_of(block)
+            for block, tick in zip(here, ticks, strict=True)
+            if tick and tick[1] == " "
+        ]
+        known = asked.union(*wrong)
+        for i, block in enumerate(here):
+            if i < n:
+                found[block.line] = {x for x in asked if x == int(x)}
+            elif ticks[i] and ticks[i][1] == "x":
+                found[block.line] = asked
+            else:
+                found[block.line] = known
+    return found
+
+
 class Judge:
     """Says what the numbers of one file are."""
 
@@ -474,10 +524,19 @@ class Judge:
         text = path.read_text("utf-8") if text is None else text
         self.blocks, self.cells, self.n_generated = read(text)
         self.is_lesson = path.parent.name == "lessons"
-        self.code = {
-            section: code_of([c for s, c in self.cells if s == section])
-            for section in {block.section for block in self.blocks}
-        }
+        self.is_quiz = path.parent.name == "quizzes"
+        self.posed = posed(self.blocks) if self.is_quiz else {}
+        sections = {block.section for block in self.blocks}
+        if self.is_quiz:  # settings of its lesson, but not any number there
+            lesson = path.parents[1] / "lessons" / path.name
+            cells = read(lesson.read_text("utf-8"))[1]
+            code = code_of(cell for _, cell in cells)._replace(numbers=set())
+            self.code = dict.fromkeys(sections, code)
+        else:
+            self.code = {
+                section: code_of(c for s, c in self.cells if s == section)
+                for section in sections
+            }
         self.named = set().union(*(c.named for c in self.code.values()))
 
     def numbers(self):
@@ -537,6 +596,8 @@ class Judge:
             return True
         if re.match(r"[BM]\b|-bits?\b|\.\d|-\d\d-\d\d", after):  # 7B, 4-bit
             return True
+        if re.match(r" (?:Samuel|John)\b", after):  # a book of the Bible
+            return True
         if match[0] in FORMATS and re.match(r"(?: or \d+)? bits?\b", after):
             return True
         if re.search(r"\d{4}-$|-\d\d-$", before) or VERSION.search(before):
@@ -554,7 +615,7 @@ class Judge:
         """Return the kind of a number that stands in text."""
         text, (a, b) = block.text, match.span()
         number = value_of(match[0])
-        if kind := self.of_links(block, a, number):
+        if kind := self.of_place(block, a, number):
             return kind
         code = self.code[block.section]
         for same in (number, number / 100 if text[b : b + 2] == " %" else 0):
@@ -578,7 +639,7 @@ class Judge:
     def of_math(self, block, at, number, verdict, name):
         """Return the kind of a number of a formula."""
         number = value_of(number)
-        if kind := self.of_links(block, at, number):
+        if kind := self.of_place(block, at, number):
             return kind
         names = {key(word) for word in [name, *name.split("_")]}
         code = self.code[block.section]
@@ -592,6 +653,14 @@ class Judge:
             if number < 10 and number == int(number):
                 return "typed"
         return "structural" if number in code.numbers else "typed"
+
+    def of_place(self, block, at, number):
+        """Return the kind that a number has by where it stands, or None."""
+        if number in self.posed.get(block.line, ()):
+            return "structural"
+        if block.figure and self.printed(block.section, number):
+            return "quoted"
+        return self.of_links(block, at, number)
 
     def of_links(self, block, at, number):
         """Return "cited" or "quoted" if a link vouches for a number."""
@@ -608,16 +677,26 @@ class Judge:
         return None
 
     def outputs(self, number):
-        """Return the lines that cells of its section print with a number."""
+        """Return the lines of output that a number may come from."""
+        return self.printed(number.section, value_of(number.text))
+
+    def printed(self, section, number):
+        """Return the lines with a number that cells of a section print.
+
+        For a quiz these are the lines of its whole lesson.
+        """
         book = self.root / "notebooks" / f"{self.path.stem}.ipynb"
-        if not self.is_lesson:
+        if not (self.is_lesson or self.is_quiz):
             return []
         return [
             line
             for n, found, line in shown(book)
-            if 0 <= n < len(self.cells)
-            and self.cells[n][0] == number.section
-            and value_of(number.text) in found
+            if number in found
+            and (
+                n >= 0
+                if self.is_quiz
+                else 0 <= n < len(self.cells) and self.cells[n][0] == section
+            )
         ]
 
 
@@ -626,8 +705,11 @@ class Judge:
 
 def files(root):
     """Return the texts that are checked, pages first."""
-    found = sorted((root / "book").glob("*.md"))
-    return found + sorted((root / "book" / "lessons").glob("*.md"))
+    return [
+        path
+        for folder in ("book", "book/lessons", "book/quizzes")
+        for path in sorted((root / folder).glob("*.md"))
+    ]
 
 
 def known(root):
@@ -676,7 +758,8 @@ def check(root):
 
 WAY_OUT = """
 A number that a cell can compute is written as {{ name:.2f }} (CONTRIBUTING.md,
-"Numbers in prose"). Others need a link to their source in their sentence or
+"Numbers in prose"), on a page as 1.94<!--name-->, which tools/numbers_page.py
+fills. Others need a link to their source in their sentence or
 before it, or a cell of their section that sets the same number. A count that
 is part of the argument is a word: eight rows."""
 

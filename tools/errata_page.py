@@ -29,7 +29,7 @@ from lora_from_scratch.memory import (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script sees only its own folder
 
-from tools import pages  # noqa: E402
+from tools import pages, values  # noqa: E402
 
 PAGE = ROOT / "book" / "errata.md"
 
@@ -307,16 +307,8 @@ def page_text(text: str) -> str:
         unknown = set(found) - set(VERDICTS.values())
         raise ValueError(f"{PAGE.name} has entries that begin with {unknown}")
     counts["n_claims"] = sum(counts.values())
-
-    def fill(match):
-        name = match[1]
-        if name in counts:
-            return f"{counts[name]}<!--{name}-->"
-        if name not in VALUES:
-            raise ValueError(f"{PAGE.name} asks for {name!r}, unknown here")
-        return f"{VALUES[name]()}<!--{name}-->"
-
-    return re.sub(r"[\d.,?]+<!--(\w+)-->", fill, text)
+    counted = {name: lambda n=n: str(n) for name, n in counts.items()}
+    return values.renew(text, VALUES | counted, PAGE.name)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python tools/outside_page.py
 
-Each stands between ``% begin NAME`` and ``% end NAME``; a test fails when the
-page and the files disagree. `make outside-vllm` and its sisters call this.
+Each stands between ``% begin NAME`` and ``% end NAME``, and a number in the
+prose before a comment, as in ``16<!--max_rank-->``; a test fails when the page
+and the files disagree. `make outside-vllm` and its sisters call this.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # `python tools/outside_page.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import pages  # noqa: E402
+from tools import pages, values  # noqa: E402
 from tools.pages import table  # noqa: E402
 
 PAGE = pages.ROOT / "book" / "outside.md"
@@ -261,9 +262,22 @@ TABLES = (
 )
 
 
+def too_large():
+    """Return the rank that vLLM refused, and the largest that it takes."""
+    said = results("vllm")["refused"]["load"]["rank 32"]
+    return re.search(r"rank (\d+) is greater than max_lora_rank (\d+)", said)
+
+
+NUMBERS = {
+    "refused_rank": lambda: too_large()[1],
+    "max_rank": lambda: too_large()[2],
+}
+
+
 def page_text(text):
-    """Return the text of book/outside.md with every table made again."""
-    return pages.fill(text, TABLES, PAGE.name)
+    """Return the text of book/outside.md, tables and numbers made again."""
+    text = pages.fill(text, TABLES, PAGE.name)
+    return values.renew(text, NUMBERS, PAGE.name)
 
 
 if __name__ == "__main__":

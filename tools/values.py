@@ -15,6 +15,12 @@ a kernel is filled from a dictionary:
 
     >>> fill("It takes {{ seconds:.1f}} s.", {"seconds": 12.345})
     'It takes 12.3 s.'
+
+A page in book/ must read well as it lies there. Its numbers stand in the text,
+each before an invisible comment with its name, and are written again:
+
+    >>> renew("It takes 9<!--time--> s.", {"time": lambda: "12.3"}, "page.md")
+    'It takes 12.3<!--time--> s.'
 """
 
 import ast
@@ -40,6 +46,7 @@ _PARTS = re.compile(
     """,
     re.M | re.S | re.X,
 )
+_NAMED = re.compile(r"[\d.,?]+<!--(\w+)-->")
 _ALLOWED = (
     ast.Attribute,
     ast.BinOp,
@@ -155,3 +162,23 @@ def fill(text, names):
                 mark.source, f"{type(error).__name__}: {error}"
             ) from error
     return put(text, values)
+
+
+def renew(text, makers, name):
+    """Return a page with each number before a comment written again.
+
+    Args:
+        text: the page; ``?<!--time-->`` is a number that is not known yet.
+        makers: {name in a comment: function that returns the number's text}.
+        name: of the page, for errors.
+
+    Raises:
+        ValueError: a comment has no function, or a function no comment.
+    """
+    found = set(_NAMED.findall(text))
+    if odd := found ^ makers.keys():
+        raise ValueError(
+            f"{name}: {', '.join(sorted(odd))} stands either only in a comment "
+            "of the page or only among the numbers that its tool makes"
+        )
+    return _NAMED.sub(lambda m: f"{makers[m[1]]()}<!--{m[1]}-->", text)

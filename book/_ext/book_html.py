@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+from formula_room import STYLE, reserve
 from PIL import Image
 from trim_css import trim, words_of
 
@@ -82,10 +83,21 @@ FIXES = [
 ]
 
 
-# Theme: every page loaded the search index, which is larger than a page.
+# Theme: every page loads Sphinx's search index, which is larger than a page.
+# The search page has its own: search_index.py and _templates/search.html; it
+# leaves no words to be highlighted on other pages.
 SEARCH_SCRIPTS = re.compile(
     r'\s*<script src="[^"]*(searchtools|language_data|searchindex)\.js[^"]*"'
     r"( defer(=\"defer\")?)?></script>"
+)
+HIGHLIGHT = re.compile(
+    r'\s*<script src="[^"]*sphinx_highlight\.js[^"]*"></script>'
+)
+
+
+# Templates leave blank lines and indents, up to 10 kB a page.
+BLANK = re.compile(
+    r"<(pre|script|style|textarea|code)\b.*?</\1>|[ \t]*\n\s*", re.S
 )
 
 
@@ -122,6 +134,10 @@ def shrink_figures(app, exc):
         with Image.open(path) as image:
             flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         flat.save(path, optimize=True)
+    logo = Path(app.outdir) / "_static/images/logo_colab.png"
+    with Image.open(logo) as image:  # shown as large as a letter
+        image.thumbnail((48, 48))
+        image.save(logo, optimize=True)
 
 
 def launch_student_copies(app, pagename, templatename, context, doctree):
@@ -151,26 +167,12 @@ def fix_html(app, exc):
             after = pattern.sub(replacement, after)
         if page.name != "search.html":
             after = SEARCH_SCRIPTS.sub("", after)
+        after = HIGHLIGHT.sub("", after)
+        if STYLE not in after:  # else this page was not written anew
+            after = reserve(after)
+        after = BLANK.sub(lambda m: m[0] if m[1] else "\n", after)
         if after != before:
             page.write_text(after, encoding="utf8")
-
-
-def search_from_a_folder(app, exc):
-    """Do without the excerpts of search results when read from file://.
-
-    A browser lets no page fetch its neighbours there.
-    """
-    if exc or app.builder.format != "html":
-        return
-    script = Path(app.outdir) / "_static" / "searchtools.js"
-    before = script.read_text(encoding="utf8")
-    after = before.replace(
-        "else if (showSearchSummary)",
-        'else if (showSearchSummary && location.protocol !== "file:")',
-    )
-    if after == before:
-        raise RuntimeError("searchtools.js has changed; see book_html.py")
-    script.write_text(after, encoding="utf8")
 
 
 def lighten(app, exc):
@@ -197,10 +199,10 @@ def lighten(app, exc):
 
 def setup(app):
     """Register with Sphinx."""
+    app.setup_extension("search_index")
     app.connect("html-page-context", launch_student_copies, priority=900)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", shrink_figures)
     app.connect("build-finished", fix_html)
-    app.connect("build-finished", search_from_a_folder)
     app.connect("build-finished", lighten)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
