@@ -40,13 +40,13 @@ MAX_SHIFT = 0.1  # "good", web.dev; bench/page_load.py measures the goal, 0.05
 WIDE, PHONE, NARROWEST = 1440, 360, 320  # 320: WCAG 2.1, criterion 1.4.10
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def addresses():
     with served() as addresses:
         yield addresses
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(addresses):
     with launched() as browser:
         yield browser

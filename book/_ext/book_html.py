@@ -11,7 +11,7 @@ from pathlib import Path
 
 from formula_room import STYLE, reserve
 from PIL import Image
-from trim_css import trim, words_of
+from trim_css import classes_of, scripts_of, trim, words_of
 
 MATHJAX_FILES = [
     "startup.js",
@@ -85,13 +85,14 @@ FIXES = [
 
 # Theme: every page loads Sphinx's search index, which is larger than a page.
 # The search page has its own: search_index.py and _templates/search.html; it
-# leaves no words to be highlighted on other pages.
+# leaves no words to be highlighted on other pages, which so need none of
+# Sphinx's own scripts.
 SEARCH_SCRIPTS = re.compile(
     r'\s*<script src="[^"]*(searchtools|language_data|searchindex)\.js[^"]*"'
     r"( defer(=\"defer\")?)?></script>"
 )
 HIGHLIGHT = re.compile(
-    r'\s*<script src="[^"]*sphinx_highlight\.js[^"]*"></script>'
+    r'\s*<script src="[^"]*(doctools|sphinx_highlight)\.js[^"]*"></script>'
 )
 
 
@@ -190,10 +191,14 @@ def lighten(app, exc):
             static / f"fonts/icons-{cut}.woff2", fonts / f"fa-{full}.woff2"
         )
     scripts = [f for f in static.rglob("*.js") if "mathjax" not in f.parts]
-    pages = [*out.rglob("*.html"), *scripts]
-    words = words_of(f.read_text(encoding="utf8") for f in pages)
+    pages = [f.read_text(encoding="utf8") for f in out.rglob("*.html")]
+    texts = [f.read_text(encoding="utf8") for f in scripts]
+    classes = classes_of(pages)
+    words = classes | words_of(scripts_of(pages) + texts)
     for sheet in static.rglob("*.css"):
-        css = trim(sheet.read_text(encoding="utf8"), words)
+        colors = sheet.name == "pygments.css"  # of code: no script adds any
+        css = sheet.read_text(encoding="utf8")
+        css = trim(css, classes if colors else words)
         sheet.write_text(css, encoding="utf8")
 
 
@@ -204,5 +209,6 @@ def setup(app):
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", shrink_figures)
     app.connect("build-finished", fix_html)
-    app.connect("build-finished", lighten)
+    # after the theme, which writes the colors of code at the very end
+    app.connect("build-finished", lighten, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,8 +1,8 @@
 """Drop the rules of a style sheet that no built page can use.
 
 The theme's sheet is 397 kB, most of it Bootstrap utilities and 2,000 icon
-names. A rule stays when each class in its selector appears as a word in some
-page or script of the book.
+names. A rule stays when each class in its selector is one of an element of
+some page, or a word in some script: what a script may add.
 """
 
 import re
@@ -11,14 +11,26 @@ AT_GROUPS = ("@media", "@supports", "@layer", "@container")
 CLASS = re.compile(r"\.(-?[_a-zA-Z][\w-]*)")
 STRING = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|/\*.*?\*/', re.S)
 WORD = re.compile(r"[\w-]+")
+ATTRIBUTE = re.compile(r'class="([^"]*)"')
+SCRIPT = re.compile(r"<script\b.*?</script>", re.S)
 
 
 def words_of(texts):
-    """Return the set of words in the given page and script texts."""
+    """Return the set of words in some texts, as what a class may be."""
     words = set()
     for text in texts:
         words.update(WORD.findall(text))
     return words
+
+
+def classes_of(pages):
+    """Return the set of classes in some HTML texts."""
+    return words_of(c for page in pages for c in ATTRIBUTE.findall(page))
+
+
+def scripts_of(pages):
+    """Return the scripts that stand in some HTML texts."""
+    return [script for page in pages for script in SCRIPT.findall(page)]
 
 
 def _blocks(css):
