@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tools import check_numbers, numbers_page, values
-from tools.check_numbers import LEDGER, Judge
+from tools.check_numbers import Judge
 from tools.notebooks import ROOT
 
 # ---------------------------------------------------------------------- marks
@@ -105,14 +105,12 @@ LATER
 """
 
 
-def course(root, text="", later="", typed="", page=""):
+def course(root, text="", later="", page=""):
     """Write a course of one lesson and one page; return the lesson's path."""
     lesson = root / "book" / "lessons" / "01_rank.md"
     lesson.parent.mkdir(parents=True, exist_ok=True)
     lesson.write_text(LESSON.replace("TEXT", text).replace("LATER", later))
     (root / "book" / "page.md").write_text(page)
-    (root / LEDGER).parent.mkdir(exist_ok=True)
-    (root / LEDGER).write_text(typed)
     return lesson
 
 
@@ -399,50 +397,25 @@ def test_a_line_that_is_gone_is_an_error():
         numbers_page.said("Makefile", "no such line")
 
 
-# -------------------------------------------------------------------- ratchet
+# ------------------------------------------------------------------- the book
 
 
-def test_no_number_of_the_book_is_newly_typed():
+def test_no_number_of_the_book_is_typed():
     problems, _ = check_numbers.check(ROOT)
     assert not problems, "\n".join([*problems, check_numbers.WAY_OUT])
 
 
-@pytest.mark.parametrize(
-    ("typed", "problem"),
-    [
-        ("book/lessons/01_rank.md: 6.5 7.5\nbook/page.md: 8\n", None),
-        ("book/lessons/01_rank.md: 6.5\nbook/page.md: 8\n", "7.5 is typed"),
-        ("book/lessons/01_rank.md: 6.5 7.6\nbook/page.md: 8\n", "7.5 is typed"),
-        ("book/lessons/01_rank.md: 6.5 7.5\n", "page.md:1: 8 is typed"),
-        (
-            "book/lessons/01_rank.md: 6.5 7.5 9 9\nbook/page.md: 8\n",
-            "no longer typed: 9 9;",
-        ),
-        (
-            "book/lessons/01_rank.md: 6.5 7.5\nbook/page.md: 8\nbook/x.md: 1\n",
-            "book/x.md: is no file",
-        ),
-    ],
-)
-def test_a_file_may_have_the_numbers_on_the_list_and_no_others(
-    tmp_path, typed, problem, capsys
-):
-    course(tmp_path, "It is 6.5 or 7.5.", typed=typed, page="And 8.")
-    problems, _ = check_numbers.check(tmp_path)
-    assert bool(problems) == bool(problem)
-    if problem:
-        assert problem in "\n".join(problems)
-        with pytest.raises(SystemExit, match="CONTRIBUTING"):
-            check_numbers.main([], root=tmp_path)
-
-
-def test_the_list_gets_shorter_and_never_longer(tmp_path):
-    typed = "# A comment.\nbook/lessons/01_rank.md: 9 6.5\nbook/x.md: 1\n"
-    course(tmp_path, "It is 6.5 or 7.5.", typed=typed, page="And 8.")
-    check_numbers.lower(tmp_path)
-    after = (tmp_path / LEDGER).read_text()
-    assert after == "# A comment.\nbook/lessons/01_rank.md: 6.5\n"
-    assert not list(tmp_path.rglob("*.part"))
+def test_a_typed_number_is_shown_with_its_line_and_the_way_out(tmp_path):
+    lesson = course(tmp_path, "It is 6.5.", page="And\n\n8 more.")
+    line = lesson.read_text().splitlines().index("It is 6.5.") + 1
+    problems, counts = check_numbers.check(tmp_path)
+    assert [line.partition(": ")[0] for line in problems] == [
+        "book/page.md:3",
+        f"book/lessons/01_rank.md:{line}",
+    ]
+    assert counts["book/page.md"]["typed"] == 1
+    with pytest.raises(SystemExit, match="8 is typed(.|\n)*CONTRIBUTING"):
+        check_numbers.main([], root=tmp_path)
 
 
 def test_the_list_of_a_file_names_the_output_that_has_the_number(capsys):
@@ -517,8 +490,6 @@ def test_planted_wrong_numbers_are_all_caught(tmp_path):
     skip = shutil.ignore_patterns("static", "*.json", "student", "_*")
     shutil.copytree(ROOT / "book", tmp_path / "book", ignore=skip)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=skip)
-    (tmp_path / LEDGER).parent.mkdir()
-    shutil.copyfile(ROOT / LEDGER, tmp_path / LEDGER)
     for name, old, new, _ in PLANTED:
         path = tmp_path / "book" / name
         text = path.read_text("utf-8")

@@ -1,8 +1,7 @@
 """Find numbers in the prose of lessons, quizzes and pages that are typed.
 
-    python tools/check_numbers.py                     # a table, and what is new
+    python tools/check_numbers.py                     # a table, and the typed
     python tools/check_numbers.py --list book/lessons/02_low_rank_updates.md
-    python tools/check_numbers.py --lower             # after a conversion
 
 Every number that a reader sees outside code is one of these:
 
@@ -28,9 +27,7 @@ A decimal in a question, the number of a right choice and what an explanation
 adds are judged like prose. The text alternative of a figure may hold what the
 cells of its section print.
 
-tests/typed_numbers.txt holds the numbers that are typed today, file by file. A
-file may not have others (compute them), and what is gone has to leave the list
-(``--lower`` does it), so it can only get shorter. The aim is an empty list.
+There may be none of the last two kinds.
 """
 
 import argparse
@@ -51,10 +48,9 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script sees only its own folder
 
-from tools import pages, values  # noqa: E402
+from tools import values  # noqa: E402
 
 KINDS = ("computed", "quoted", "cited", "structural", "wrong", "typed")
-LEDGER = Path("tests/typed_numbers.txt")
 # One character stands for each of these, the last for the name of a value.
 MARK, CODE, MATH, MADE = "\ue000", "\ue001", "\ue002", "\ue003"
 SIGNS = {MARK: "{{}}", CODE: "`..`", MATH: "$..$", MADE: "", "\n": " "}
@@ -700,7 +696,7 @@ class Judge:
         ]
 
 
-# -------------------------------------------------------------------- ratchet
+# ----------------------------------------------------------------- the book
 
 
 def files(root):
@@ -712,47 +708,26 @@ def files(root):
     ]
 
 
-def known(root):
-    """Return the typed numbers that are known, a Counter for each file."""
-    found = {}
-    for line in (root / LEDGER).read_text("utf-8").splitlines():
-        if line and not line.startswith("#"):
-            name, _, numbers = line.partition(": ")
-            found[name] = Counter(numbers.split())
-    return found
-
-
 def check(root):
     """Return (problems, counts): lines to print, and Counters by file."""
-    problems, counts, allowed = [], {}, known(root)
+    problems, counts = [], {}
     for path in files(root):
         name = path.relative_to(root).as_posix()
         judge = Judge(path, root)
         found = judge.numbers()
         counts[name] = Counter(n.kind for n in found)
         counts[name]["computed"] += judge.n_generated
-        rest = Counter(allowed.pop(name, {}))
         for number in found:
-            place = f"{name}:{number.line}: {number.text}"
             if number.kind == "wrong":
                 line = f"{name}:{number.line}: wrong: {number.around}"
                 problems += [line] if line not in problems else []
             elif number.kind == "typed":
-                rest[number.text] -= 1
-                if rest[number.text] < 0:
-                    problems.append(f"{place} is typed: {number.around}")
-                    problems += [
-                        f"    a cell prints: {line}"
-                        for line in judge.outputs(number)[:1]
-                    ]
-        if gone := +rest:
-            problems.append(
-                f"{name}: no longer typed: {' '.join(gone.elements())}; "
-                "run `python tools/check_numbers.py --lower`"
-            )
-    problems += [
-        f"{name}: is no file; take it off {LEDGER}" for name in allowed
-    ]
+                place = f"{name}:{number.line}: {number.text}"
+                problems.append(f"{place} is typed: {number.around}")
+                problems += [
+                    f"    a cell prints: {line}"
+                    for line in judge.outputs(number)[:1]
+                ]
     return problems, counts
 
 
@@ -764,32 +739,11 @@ before it, or a cell of their section that sets the same number. A count that
 is part of the argument is a word: eight rows."""
 
 
-def lower(root):
-    """Take the numbers that are gone off the list; add none."""
-    allowed = known(root)
-    lines = [
-        line
-        for line in (root / LEDGER).read_text("utf-8").splitlines()
-        if line.startswith("#")
-    ]
-    for path in files(root):
-        name = path.relative_to(root).as_posix()
-        rest, kept = Counter(allowed.get(name, {})), []
-        for number in Judge(path, root).numbers():
-            if number.kind == "typed" and rest[number.text] > 0:
-                rest[number.text] -= 1
-                kept.append(number.text)
-        if kept:
-            lines.append(f"{name}: {' '.join(kept)}")
-    pages.write(root / LEDGER, "\n".join(lines) + "\n")
-
-
 def main(arguments=None, root=ROOT):
-    """Print what was asked for; exit with 1 if a number is new or gone."""
+    """Print what was asked for; exit with 1 if a number is typed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--list", metavar="FILE", help="its typed numbers")
     parser.add_argument("--kind", default="typed", choices=KINDS)
-    parser.add_argument("--lower", action="store_true", help="shorten the list")
     options = parser.parse_args(arguments)
     if options.list:
         judge = Judge((root / options.list).resolve(), root)
@@ -799,8 +753,6 @@ def main(arguments=None, root=ROOT):
                 for line in judge.outputs(number):
                     print(f"{'':20}  a cell prints: {line}")
         return
-    if options.lower:
-        lower(root)
     problems, counts = check(root)
     counts["all"] = sum(counts.values(), Counter())
     print(f"{'':40}" + "".join(f"{kind:>11}" for kind in KINDS))
