@@ -71,7 +71,7 @@ DATASETS = {
         parts={"train": "wn_train.jsonl", "test": "wn_test.jsonl"},
         fields={"text": "gloss of one noun sense", "label": "0 to 6"},
         origin="WordNet 3.0, files of nouns",
-        licence="WordNet 3.0 licence",
+        licence="WordNet 3.0 license",
         left_out="the class of persons, because many of its glosses are "
         "offensive; glosses that contain their own word or are not 25 to 160 "
         "characters long",
@@ -134,7 +134,7 @@ DATASETS = {
         },
         origin="held out by tools/train_tiny_gpt2.py; sources in the model "
         "card",
-        licence="public domain, CC0 1.0, WordNet 3.1 licence, CC BY-SA 4.0",
+        licence="public domain, CC0 1.0, WordNet 3.1 license, CC BY-SA 4.0",
         left_out="glosses of persons; everything but about 40,000 characters "
         "of each domain",
         folder=ASSETS / "tiny_gpt2",

@@ -177,7 +177,7 @@ def counts() -> list[str]:
     return [
         f"The list has {len(every)} items in {len(groups())} groups. Of these "
         f"{len(every) - len(waiting)} are answered here, {at_the_end} of them "
-        "only by the section at the end of this page. The other "
+        "mainly by the section at the end of this page. The other "
         f"{len(waiting)} need part 6, which is planned and not written; "
         f"{some} of them have a first answer in the meantime, and for "
         f"{len(waiting) - some} there is nothing yet."

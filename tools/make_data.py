@@ -215,7 +215,7 @@ def make_sums():
 def data_table():
     """Return the Markdown table of the bundled data sets."""
     lines = [
-        "| name | part | what | rows | bytes | SHA-256 | licence |",
+        "| name | part | what | rows | bytes | SHA-256 | license |",
         "|---|---|---|---:|---:|---|---|",
     ]
     for name, dataset in DATASETS.items():
@@ -236,7 +236,7 @@ def model_table():
     """Return the Markdown table of the base models."""
     lines = [
         "| scale | model | parameters | comes from | download | SHA-256 or "
-        "commit | licence |",
+        "commit | license |",
         "|---|---|---:|---|---:|---|---|",
     ]
     sums = read_sums(TINY_FOLDER, "run: make_data.py sums")

@@ -210,6 +210,8 @@ def _inline(tokens):
             over, at = _argument(tokens, at)
             under, at = _argument(tokens, at)
             out += f"({_inline(over)}/{_inline(under)})"
+        elif token == "{" and tokens[at : at + 2] == [",", "}"]:
+            out, at = out + ",", at + 2  # inside a number
         elif token in PRINTED:
             out += PRINTED[token]
         elif token not in (r"\,", "{", "}"):
