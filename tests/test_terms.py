@@ -185,6 +185,14 @@ def test_every_term_has_a_first_sentence():
         assert not re.search(r"[$\\]|\]\(|et al", plain), plain
 
 
+def test_a_long_number_keeps_its_commas_in_a_tooltip():
+    text = (
+        "### A term\n\nIt has $1{,}073$ of $f(a, b)$, as one can count by hand."
+    )
+    (term,) = terms.terms(text).values()
+    assert "1,073" in term.text and ", <i>b</i>" in term.text
+
+
 def test_a_first_sentence_that_needs_typesetting_is_an_error():
     with pytest.raises(ValueError, match=r"'Norm' .* \\lVert"):
         terms.terms("### Norm\n\nThe length $\\lVert x \\rVert$ of it.\n")

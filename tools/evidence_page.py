@@ -45,6 +45,8 @@ ABOUT = {
     "outside_torchrun": "LoRA on two processes: what is sent, held and "
     "computed.",
     "outside_vllm": "Our adapter folders in vLLM, token by token.",
+    "page_load": "First paint, shifts and bytes of every page, beside the "
+    "theme unmodified.",
     "peft_gpt2": "LoRA through PEFT against full fine-tuning on a pretrained "
     "model.",
     "qlora": "LoRA over 16 bits against LoRA over 4 bits on a pretrained "
