@@ -295,6 +295,14 @@ def test_an_aside_stands_in_the_margin(browser):
         assert note.evaluate(BOX)["right"] <= inside["right"]
 
 
+def test_the_font_is_asked_for_before_the_first_line_is_set():
+    """Else lines break anew in it, and the page below them moves."""
+    text = (BOOK / "book" / "data.html").read_text("utf-8")
+    order = ["lora.css", "document.fonts.load(", "<body"]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+
+
 def test_the_cover_is_to_scale():
     text = (BOOK / "book/intro.html").read_text("utf-8")
     cover = re.search(r'<figure class="cover">.*?</figure>', text, re.S)[0]

@@ -225,6 +225,8 @@ def inline_font(app, exc):
 def setup(app):
     """Register with Sphinx."""
     app.book_cards = {}  # {page: (title, caption)} of the pages written
+    # before the first line is set, or lines would break anew in the font
+    app.add_js_file(None, body="document.fonts.load(\"1em 'Source Serif 4'\")")
     app.add_js_file("print.js", defer="")
     app.connect("html-page-context", add_design, priority=800)
     app.connect("build-finished", draw_pictures)
