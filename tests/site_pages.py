@@ -128,7 +128,6 @@ AXE_TAGS = [
 ]
 COLORS = ["color-contrast", "link-in-text-block"]  # all that a theme changes
 ONLY_COLORS = {"runOnly": {"type": "rule", "values": COLORS}}
-NO_COLORS = {"rules": {rule: {"enabled": False} for rule in COLORS}}
 STILL = "*, ::before, ::after { transition: none !important }"
 
 
