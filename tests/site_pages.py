@@ -68,6 +68,11 @@ def launched():
         browser.close()
 
 
+def left(request):
+    """Return whether a request failed only since we went to another page."""
+    return request.failure == "net::ERR_ABORTED"
+
+
 class Watched:
     """A browser page that notes what goes wrong; closed by ``with``."""
 
@@ -105,7 +110,7 @@ class Watched:
             self._problem("request to outside", request.url)
 
     def _failed(self, request):
-        if request.failure != "net::ERR_ABORTED":  # we went to another page
+        if not left(request):
             self._problem(f"failed, {request.failure}", request.url)
 
     def _console(self, message):

@@ -5,6 +5,7 @@ characters of a line are counted in the browser. Needs `make html` before it;
 site_pages.py says how to test another build.
 """
 
+import io
 import itertools
 import os
 import re
@@ -17,7 +18,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
-from site_pages import BOOK
+from site_pages import BOOK, left
 
 from tools.make_pdf import reading_order
 from tools.make_zip import FOLDER, pack
@@ -77,7 +78,7 @@ def opened(browser, name, theme="light", folder=BOOK, **viewport):
     tab = browser.new_page(viewport=DESKTOP | viewport, color_scheme=theme)
     tab.set_default_timeout(60_000)
     wrong = []
-    tab.on("requestfailed", lambda request: wrong.append(request.url))
+    tab.on("requestfailed", lambda r: left(r) or wrong.append(r.url))
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.goto((folder / name).as_uri(), wait_until="load")
     tab.evaluate("document.fonts.ready.then(() => true)")
@@ -176,6 +177,22 @@ MARKED = """(part) => {
 CAPTIONS = """() => Object.fromEntries([...document.querySelectorAll(
   ".bd-toc-item p.caption")].map((node) => [node.textContent.trim(),
     getComputedStyle(node, "::before").backgroundColor]))"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_plot_lies_on_the_ground_of_its_page(browser, theme):
+    page = "notebooks/06_hyperparameters.html"
+    with opened(browser, page, theme) as (tab, _):
+        plot = tab.locator(".cell_output img").first
+        plot.scroll_into_view_if_needed()
+        seen = Image.open(io.BytesIO(plot.screenshot())).convert("RGB")
+        ground = tab.evaluate(COLORS, ["--pst-color-background"])[0]
+    corner = np.array(seen.getpixel((2, 2)))
+    assert np.abs(corner - ground).max() <= 3
+    pixels = np.array(seen)
+    ink = (pixels.max if theme == "dark" else pixels.min)((0, 1))
+    inks = [linear(np.array(value) / 255) for value in (ink, corner)]
+    assert contrast(*inks) > 10  # titles and axes
 
 
 @pytest.mark.parametrize("page", PAGES)

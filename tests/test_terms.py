@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.base import AXE_SCRIPT
+from site_pages import left
 from widget_pages import chromium
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -339,7 +340,7 @@ def opened(browser, path, **options):
     page.set_default_timeout(10_000)
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("requestfailed", lambda request: errors.append(request.url))
+    page.on("requestfailed", lambda r: left(r) or errors.append(r.url))
     page.goto(path.as_uri())
     page.evaluate("MathJax.startup.promise.then(() => true)")
     yield page
