@@ -7,10 +7,12 @@ PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13 python3;
 	do command -v $$p; done))
 REQUIREMENTS ?= requirements.txt
 PORT ?= 8000
+SEED ?= 0
 
 BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 BROWSER := $(VENV)/.browser
+SANDBOX := $(VENV)/.sandbox
 PIP := $(BIN)/python -m pip install --quiet --quiet
 # Two processes, one lesson or one file of tests in each.
 PYTEST_2 := $(BIN)/python -m pytest -q -n 2
@@ -28,14 +30,14 @@ check check-portable notebooks test book html pages: export OMP_WAIT_POLICY = PA
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html serve lab check test notebooks check-portable \
-	check-colab newest pages quizzes pdf zip validate bench outside-vllm outside-ray \
-	outside-torchrun outside-openai clean
+	check-colab newest pages quizzes assignments grade pdf zip validate bench \
+	outside-vllm outside-ray outside-torchrun outside-openai clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
 		awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
-setup: $(PACKAGES) $(BROWSER)  ## make .venv with everything in it, browser too
+setup: $(PACKAGES) $(BROWSER) $(SANDBOX)  ## make .venv with everything in it, browser too
 
 book: html  ## build the book and serve it on this computer; PORT=8000
 	@$(BIN)/python tools/serve.py $(PORT)
@@ -50,7 +52,7 @@ serve: $(PACKAGES)  ## serve what is built; PORT=8000
 lab: $(PACKAGES)  ## open the exercise copies in JupyterLab
 	$(BIN)/python -m jupyterlab notebooks/student
 
-check: $(PACKAGES) $(BROWSER)  ## everything that CI checks, cheap first
+check: $(PACKAGES) $(BROWSER) $(SANDBOX)  ## everything that CI checks, cheap first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST_2) --dist loadfile $(SLOW_TESTS:%=--ignore=%)
@@ -89,6 +91,14 @@ pages: $(PACKAGES)  ## make again what pages take from lessons and records
 
 quizzes: $(PACKAGES)  ## write the quizzes as Moodle XML and QTI, into _build/quizzes
 	$(BIN)/python tools/export_quizzes.py
+
+assignments: $(PACKAGES)  ## build the problem sets into _build/assignments; SEED=0
+	$(BIN)/python tools/assignments.py --seed $(SEED)
+
+grade: $(PACKAGES) $(SANDBOX)  ## grade a folder of submissions: SUBMISSIONS=folder
+	@test -n "$(SUBMISSIONS)" || { echo "say which: \
+	make grade SUBMISSIONS=folder"; exit 2; }
+	$(BIN)/python tools/grade.py --seed $(SEED) "$(SUBMISSIONS)"
 
 pdf: html $(BROWSER)  ## print the book into _build/lora-from-scratch.pdf
 	$(BIN)/python tools/make_pdf.py
@@ -167,4 +177,8 @@ $(PACKAGES): $(REQUIREMENTS) pyproject.toml
 
 $(BROWSER): tools/find_chromium.py | $(PACKAGES)
 	@$(BIN)/python tools/find_chromium.py --install
+	@touch $@
+
+$(SANDBOX): tools/sandbox.py tools/worker.py | $(PACKAGES)
+	@$(BIN)/python tools/sandbox.py --install
 	@touch $@

@@ -75,14 +75,18 @@ def run(*command: str) -> bool:
 def install() -> str | None:
     """Try to get a Chromium; return its path, or None."""
     run(sys.executable, "-m", "playwright", "install", "chromium")
-    if path := find():
-        return path
+    if find() is None:
+        install_from_debian("chromium")
+    return find()
+
+
+def install_from_debian(package: str) -> None:
+    """Try to install a package of Debian; only root can."""
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root and shutil.which("apt-get"):
         apt = ("apt-get", "install", "--yes", "--no-install-recommends")
-        if not run(*apt, "chromium"):
-            _ = run("apt-get", "update") and run(*apt, "chromium")
-    return find()
+        if not run(*apt, package):
+            _ = run("apt-get", "update") and run(*apt, package)
 
 
 def main() -> None:

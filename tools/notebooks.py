@@ -184,8 +184,14 @@ def student(text_path):
 class Runner(NotebookClient):
     """Runs a notebook and fills the marks of its Markdown in passing."""
 
+    before: dict  # {id of a cell: code that runs unseen before it}
+
     async def async_execute_cell(self, cell, cell_index, **settings):
         """Run a code cell, or fill a Markdown cell."""
+        if cell.id in self.before:
+            await self.kc.execute(
+                self.before[cell.id], silent=True, reply=True, timeout=1800
+            )
         cell = await super().async_execute_cell(cell, cell_index, **settings)
         if cell.cell_type == "markdown" and self.code_cells_executed:
             await self.fill(cell)
@@ -246,7 +252,7 @@ def put_all(nb, filled):
             put(cell, by_id[cell.id].metadata.get("values"))
 
 
-def execute(nb, text_path, folder, allow_errors=False):
+def execute(nb, text_path, folder, allow_errors=False, before=None):
     """Run the cells of a lesson in a fresh kernel, fill its marks and quiz.
 
     Args:
@@ -255,11 +261,12 @@ def execute(nb, text_path, folder, allow_errors=False):
         folder: the working directory.
         allow_errors: go on after a cell that fails; a mark that fails shows
             the name of its error.
+        before: {id of a cell: code that runs before it and leaves no trace}.
     """
     quiz = load_quiz(text_path)
     nb.cells += [quiz] if quiz else []  # it sees what the last cell has left
     with in_lesson(text_path):
-        Runner(
+        runner = Runner(
             nb,
             timeout=300,
             allow_errors=allow_errors,
@@ -267,7 +274,9 @@ def execute(nb, text_path, folder, allow_errors=False):
             coalesce_streams=True,  # else chunks depend on the clock
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             resources={"metadata": {"path": str(folder)}},
-        ).execute()
+        )
+        runner.before = before or {}
+        runner.execute()
     if quiz:
         store_quiz(nb, nb.cells.pop())
 
