@@ -30,8 +30,8 @@ check check-portable notebooks test book html pages: export OMP_WAIT_POLICY = PA
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book html serve lab check test notebooks check-portable \
-	check-colab newest pages quizzes assignments grade pdf zip validate bench \
-	outside-vllm outside-ray outside-torchrun outside-openai clean
+	check-colab newest pages quizzes assignments grade slides pdf zip validate \
+	bench outside-vllm outside-ray outside-torchrun outside-openai clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -99,6 +99,9 @@ grade: $(PACKAGES) $(SANDBOX)  ## grade a folder of submissions: SUBMISSIONS=fol
 	@test -n "$(SUBMISSIONS)" || { echo "say which: \
 	make grade SUBMISSIONS=folder"; exit 2; }
 	$(BIN)/python tools/grade.py --seed $(SEED) "$(SUBMISSIONS)"
+
+slides: $(PACKAGES)  ## make slides of the lessons, into _build/slides
+	$(BIN)/python tools/make_slides.py
 
 pdf: html $(BROWSER)  ## print the book into _build/lora-from-scratch.pdf
 	$(BIN)/python tools/make_pdf.py
