@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from tests.comparison import bundles, code_cells, differences, pngs
-from tools import notebooks
+from tools import answers, notebooks
 from tools.notebooks import ROOT, SOLUTION, WIDGETS
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -205,15 +205,26 @@ def unlike(stored, fresh, name):
 
 @pytest.mark.slow
 @each_lesson
-def test_in_the_copy_exactly_the_checks_fail_and_the_rest_repeats(name):
+def test_in_the_copy_exactly_the_checks_fail_and_the_rest_repeats(
+    name, tmp_path
+):
     stored = read(name)
     text_path = ROOT / "book" / "lessons" / f"{name}.md"
     copy = notebooks.student(text_path)
-    notebooks.execute(copy, text_path, NOTEBOOKS / "student", allow_errors=True)
+    tried = answers.trials(text_path, tmp_path)
+    notebooks.execute(
+        copy,
+        text_path,
+        NOTEBOOKS / "student",
+        allow_errors=True,
+        before={id_: code for id_, (_, code) in tried.items()},
+    )
     for cell in code_cells(copy):
         failed = [o for o in cell.outputs if o.output_type == "error"]
         trace = "\n".join(failed[0].traceback) if failed else "it passed"
         assert bool(failed) == is_check(cell), f"{cell.source}\n{trace}"
+    said = [v for a, _ in tried.values() for v in answers.verdicts(a, tmp_path)]
+    assert [w for verdict in said if (w := answers.wrong(*verdict))] == []
     if unlike(stored, copy, name):
         lesson = notebooks.load(text_path)
         notebooks.execute(lesson, text_path, NOTEBOOKS)

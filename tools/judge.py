@@ -20,6 +20,7 @@ import copy
 import hashlib
 import io
 import random
+import re
 import sys
 import types
 from pathlib import Path
@@ -35,6 +36,7 @@ from tools.worker import ERRORS, NotPlain  # noqa: E402
 
 CELL_SECONDS = 20  # for one cell or one call; a set may say more
 STARTS = 5  # processes for one submission
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
 DRIVER = "driver"  # tag of given cells that run with the student's code
 
 
@@ -322,7 +324,7 @@ def repaired(release, submitted):
         if grader(mended)["solution"]:
             if cell.cell_type != mended.cell_type:
                 lines.append(f"{name} was of another kind of cell")
-            mended.source = cell.source
+            mended.source = harmless(cell.source, mended.cell_type)
         elif cell.source != mended.source:
             lines.append(f"{name} was changed: the text given out counts")
         if mended.cell_type == "code":
@@ -346,4 +348,9 @@ def repaired(release, submitted):
 def plain(cell):
     """Return a student's own cell with its text and nothing else."""
     new = new_code_cell if cell.cell_type == "code" else new_markdown_cell
-    return new(source=cell.source)
+    return new(source=harmless(cell.source, cell.cell_type))
+
+
+def harmless(source, cell_type):
+    """Return a text that brings no HTML of a student into a teacher's page."""
+    return source if cell_type == "code" else TAG.sub("&lt;", source)

@@ -147,7 +147,7 @@ class Worker:
             start_new_session=True,
         )
         os.set_blocking(self.process.stdin.fileno(), False)
-        self.complaint = ""
+        self.complaint, self.asked = "", 0
         try:
             self.receive(START_SECONDS)
         except Stopped as error:
@@ -161,9 +161,13 @@ class Worker:
         Raises:
             Stopped: if none came in that time, or none that can be read.
         """
-        message = worker.pack(request)
+        self.asked += 1
+        message = worker.pack(request | {"n": self.asked})
         self.write(struct.pack("<I", len(message)) + message, seconds)
-        return self.receive(seconds)
+        reply = self.receive(seconds)
+        if type(reply) is not dict or reply.pop("n", None) != self.asked:
+            self.end("it sent what nobody asked for")
+        return reply
 
     def write(self, data, seconds):
         """Send bytes to a process that may not take them."""

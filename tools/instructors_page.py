@@ -1,0 +1,187 @@
+"""Make the tables of book/instructors.md: syllabi, problem sets, proofs.
+
+    python tools/instructors_page.py
+
+Minutes are those of tools/paths_page.py. What is known of the checks comes from
+notebooks/results/answers.json and grading.json, which `tools/answers.py
+--record` and `tests/synthetic_class.py --record` write.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+if __package__ in (None, ""):  # `python tools/instructors_page.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import assignments, pages  # noqa: E402
+from tools.paths_page import (  # noqa: E402
+    DO,
+    READ,
+    hours,
+    in_hours,
+    minutes_of,
+    rounded,
+)
+
+PAGE = pages.ROOT / "book" / "instructors.md"
+TIME = re.compile(r"\*\*Time\*\* (?:about )?(\d+) min")
+LESSONS = re.compile(r"\*\*You need\*\* ([^.]+)\.")
+
+# Syllabi: [(what the session is called, lessons read, lessons with exercises)]
+DAY = [
+    ("morning", "01", ""),
+    ("before lunch", "", "03"),
+    ("afternoon", "04", ""),
+    ("last session", "06", ""),
+]
+WEEK = [
+    ("Monday", "01 02", ""),
+    ("Tuesday", "", "03"),
+    ("Wednesday", "04 05", ""),
+    ("Thursday", "06 09", ""),
+    ("Friday", "10 12", ""),
+]
+TERM = [  # weeks: lessons, set handed out
+    ("1", "", "01"),
+    ("2", "", "02"),
+    ("3", "", "03"),
+    ("4", "", "04"),
+    ("5", "", "05"),
+    ("6", "", "06"),
+    ("7", "", "07"),
+    ("8", "", "08"),
+    ("9", "", "09"),
+    ("10", "", "10"),
+    ("11", "", "11"),
+    ("12", "", "12"),
+    ("13", "", "13"),
+    ("14", "", "14"),
+    ("15", "", "15"),
+]
+SETS_AFTER = {"02": 1, "04": 2, "08": 3, "11": 4, "15": 5}
+
+
+def sessions(plan, head, sets=False):
+    """Return the table of a syllabus and its sum."""
+    cost = hours()
+    rows = [(head, "lessons", "in class, min")]
+    if sets:
+        rows = [(head, "lesson", "in class, min", "exercises, min", "set")]
+    total = 0.0
+    for name, reading, doing in plan:
+        stops = [(n, READ) for n in reading.split()]
+        stops += [(n, DO) for n in doing.split()]
+        links = ", ".join(cost[n][0].link for n, _ in stops)
+        if sets:
+            [(n, _)] = stops
+            _, price = cost[n]
+            given = SETS_AFTER.get(n)
+            total += price.reading + price.exercises
+            rows.append(
+                (name, links, rounded(price.reading), price.exercises)
+                + (f"set {given} out" if given else "",)
+            )
+        else:
+            minutes = sum(minutes_of(how, cost[n][1]) for n, how in stops)
+            total += minutes
+            how = " (with exercises)" if doing else ""
+            rows.append((name, links + how, rounded(minutes)))
+    return [*pages.table(*rows), "", f"Together {in_hours(total)}."]
+
+
+def one_day() -> list[str]:
+    """Return the syllabus of a day."""
+    return sessions(DAY, "when")
+
+
+def one_week() -> list[str]:
+    """Return the syllabus of a week."""
+    return sessions(WEEK, "day")
+
+
+def one_term() -> list[str]:
+    """Return the syllabus of a term."""
+    return sessions(TERM, "week", sets=True)
+
+
+def read_sets():
+    """Return [(title, needs, minutes, points, checked, by hand, varies)]."""
+    found = []
+    for path in assignments.texts():
+        nb = assignments.source(path)
+        graders = [c.metadata.get("nbgrader", {}) for c in nb.cells]
+        graded = [g for g in graders if g.get("grade")]
+        text = nb.cells[0].source
+        found.append(
+            (
+                text.split("\n")[0].lstrip("# "),
+                LESSONS.search(text)[1],
+                int(TIME.search(text)[1]),
+                sum(g["points"] for g in graded),
+                sum(not g["solution"] for g in graded),
+                sum(bool(g["solution"]) for g in graded),
+                len(assignments.drawn(path, 0)),
+            )
+        )
+    return found
+
+
+def problem_sets() -> list[str]:
+    """Return a line for each problem set."""
+    rows = [("set", "after", "min", "points", "checked", "by hand", "variants")]
+    return pages.table(*rows, *read_sets())
+
+
+def proof() -> list[str]:
+    """Return how many answers each lesson's and set's checks were tried on."""
+    record = pages.results().get("answers")
+    if record is None:
+        raise ValueError("no record: run python tools/answers.py --record")
+    rows = [("", "questions", "right", "wrong", "killed", "hints")]
+    total = Counter()
+    for name, row in record["rows"].items():
+        total.update(row)
+        rows.append((name, *row.values()))
+    rows.append(("together", *total.values()))
+    made = record["made"]
+    return [
+        *pages.table(*rows),
+        "",
+        f"Tried on {made['date']} with `{made['command']}`; `make check` tries"
+        " them again.",
+    ]
+
+
+def a_class() -> list[str]:
+    """Return how the synthetic class was graded."""
+    record = pages.results().get("grading")
+    if record is None:
+        raise ValueError("no record: python tests/synthetic_class.py --record")
+    rows = record["rows"]
+    slowest = max(rows, key=lambda row: row["seconds"])
+    return [
+        f"{len(rows)} made-up submissions were graded in one run of "
+        f"{record['minutes']:.0f} minutes on {record['made']['hardware']} "
+        f"({record['made']['date']}): "
+        f"{60 * record['minutes_per_student']:.0f} seconds each, "
+        f"{slowest['seconds']:.0f} for the slowest, which "
+        f"{SLOWEST[slowest['student']]}. All got what their work is worth."
+    ]
+
+
+SLOWEST = {
+    "hoard": "fills the memory from many processes",
+    "forks": "starts processes without end",
+    "loop_in_cell": "never ends",
+    "loop_in_call": "never ends",
+    "exit_in_cell": "ends its own process",
+    "exit_in_call": "ends its own process",
+    "flood": "prints without end",
+}
+PARTS = (one_day, one_week, one_term, problem_sets, proof, a_class)
+
+
+if __name__ == "__main__":
+    pages.write(PAGE, pages.fill(PAGE.read_text("utf-8"), PARTS, PAGE.name))
