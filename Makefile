@@ -21,7 +21,8 @@ NBVAL := $(PYTEST_2) --dist loadfile --nbval --nbval-current-env \
 # Tests of the built pages; the rest of the slow ones run the notebooks.
 SITE_TESTS := tests/test_site.py tests/test_search.py tests/test_design.py \
 	tests/test_pdf.py
-SLOW_TESTS := tests/test_notebooks.py $(SITE_TESTS)
+LESSON_TESTS := tests/test_notebooks.py tests/test_answers.py
+SLOW_TESTS := $(LESSON_TESTS) $(SITE_TESTS)
 
 # Lessons and pages are made with one thread: with more, sums round in another
 # order and waiting threads slow a busy machine down. `make lab` uses them all.
@@ -58,8 +59,9 @@ check: $(PACKAGES) $(BROWSER) $(SANDBOX)  ## everything that CI checks, cheap fi
 	$(PYTEST_2) --dist loadfile $(SLOW_TESTS:%=--ignore=%)
 	$(BIN)/python tools/notebooks.py --check
 	$(NBVAL)
-	$(PYTEST_2) --dist worksteal tests/test_notebooks.py
+	$(PYTEST_2) --dist worksteal $(LESSON_TESTS)
 	$(MAKE) html
+	$(BIN)/python tools/leaks.py
 	$(PYTEST_2) --dist worksteal $(SITE_TESTS)
 
 test: $(PACKAGES)  ## the tests of the package only
@@ -86,7 +88,8 @@ newest:  ## check with the newest torch, transformers, ... in its own .venv
 	$(MAKE) check VENV=.venv-newest REQUIREMENTS=.newest.txt
 
 pages: $(PACKAGES)  ## make again what pages take from lessons and records
-	for page in conventions errata evidence outside paths coverage numbers; do \
+	for page in conventions errata evidence outside paths coverage objectives \
+			teaching instructors numbers; do \
 		$(BIN)/python tools/$${page}_page.py || exit 1; done
 
 quizzes: $(PACKAGES)  ## write the quizzes as Moodle XML and QTI, into _build/quizzes
@@ -94,6 +97,7 @@ quizzes: $(PACKAGES)  ## write the quizzes as Moodle XML and QTI, into _build/qu
 
 assignments: $(PACKAGES)  ## build the problem sets into _build/assignments; SEED=0
 	$(BIN)/python tools/assignments.py --seed $(SEED)
+	$(BIN)/python tools/leaks.py
 
 grade: $(PACKAGES) $(SANDBOX)  ## grade a folder of submissions: SUBMISSIONS=folder
 	@test -n "$(SUBMISSIONS)" || { echo "say which: \
@@ -102,12 +106,15 @@ grade: $(PACKAGES) $(SANDBOX)  ## grade a folder of submissions: SUBMISSIONS=fol
 
 slides: $(PACKAGES)  ## make slides of the lessons, into _build/slides
 	$(BIN)/python tools/make_slides.py
+	$(BIN)/python tools/leaks.py _build/slides
 
 pdf: html $(BROWSER)  ## print the book into _build/lora-from-scratch.pdf
 	$(BIN)/python tools/make_pdf.py
+	$(BIN)/python tools/leaks.py _build/lora-from-scratch.pdf
 
 zip: html  ## pack the book into one zip that opens without a server
 	$(BIN)/python tools/make_zip.py
+	$(BIN)/python tools/leaks.py _build/lora-from-scratch.zip
 
 validate: html  ## check the pages with html-validate (needs node and npm)
 	npx --yes html-validate@9.7.1 --preset standard --formatter text \

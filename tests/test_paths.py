@@ -66,6 +66,14 @@ def test_reading_time_counts_what_is_seen_before_the_exercises():
     assert few == pytest.approx(15 / 200 + 0.5 + 1 + 2 / 15)
 
 
+def test_minutes_of_exercises_add_up_to_the_time_line():
+    for lesson, cost in paths_page.hours().values():
+        minutes = re.findall(
+            r"^## Exercise [\d.]+ \(\w+, (\d+) min\)", lesson.text, re.M
+        )
+        assert sum(map(int, minutes)) == cost.exercises, lesson.name
+
+
 def test_what_is_counted_is_near_what_the_authors_say():
     """Two estimates made apart from each other: time line and count."""
     counted = said = 0

@@ -3,7 +3,6 @@
     python tools/answers.py 03            # try all answers to lesson 3
     python tools/answers.py 03 3-2        # only those to exercise 3.2
     python tools/answers.py ps1 --seed 5  # to a problem set, as drawn by seed 5
-    python tools/answers.py --record      # all, into notebooks/results
 
 A check is worth something only if right answers of any style pass and each
 plausible mistake fails with a message that names it. So for every lesson and
@@ -343,38 +342,6 @@ def try_set(text_path, seed=0, only=None):
         session.close()
 
 
-def record():
-    """Try all answers; write how many there are and how many were found."""
-    from tools import assignments, notebooks, pages
-    from tools.recording import made
-
-    started, rows = os.times(), {}
-    for path in notebooks.texts(ROOT) + assignments.texts():
-        is_set = path.stem.startswith("ps")
-        tried = list(try_set(path) if is_set else try_lesson(path))
-        lines = [w for one in tried if (w := wrong(*one))]
-        if lines:
-            sys.exit("\n".join([f"{path.name}:", *lines]))
-        bad = [(answer, said) for answer, said in tried if not answer.right]
-        rows[path.stem] = {
-            "questions": len({answer.exercise for answer, _ in tried}),
-            "right": len(tried) - len(bad),
-            "wrong": len(bad),
-            "killed": sum(answer.hint in said for answer, said in bad),
-            "hints": len({(a.exercise, said) for a, said in bad}),
-        }
-        print(path.stem, rows[path.stem], flush=True)
-    seconds = sum(os.times()[:4]) - sum(started[:4])
-    text = json.dumps(
-        {
-            "made": made("python tools/answers.py --record", "tiny", seconds),
-            "rows": rows,
-        },
-        indent=1,
-    )
-    pages.write(ROOT / "notebooks" / "results" / "answers.json", text + "\n")
-
-
 def main(arguments=None):
     """Try the answers to a lesson or a set, print what the checks say."""
     from rich.console import Console
@@ -382,15 +349,10 @@ def main(arguments=None):
     from tools import assignments, notebooks
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("lesson", nargs="?", help="as in 03 or ps1")
+    parser.add_argument("lesson", help="first letters, as in 03 or ps1")
     parser.add_argument("exercise", nargs="?", help="as in 3-2; all by default")
     parser.add_argument("--seed", type=int, default=0, help="of a problem set")
-    parser.add_argument("--record", action="store_true")
     options = parser.parse_args(arguments)
-    if options.record:
-        return record()
-    if options.lesson is None:
-        parser.error("which lesson or set?")
     texts = notebooks.texts(ROOT) + assignments.texts()
     paths = [path for path in texts if path.stem.startswith(options.lesson)]
     if len(paths) != 1:

@@ -36,6 +36,7 @@ ABOUT = {
     "bitsandbytes": "Two defects of a library that depend on the processor.",
     "family_cost": "Time of a training step and of a request, method by "
     "method.",
+    "grading": "A class of made-up submissions, hostile ones too, graded.",
     "litgpt_memory": "Somebody else's measurement of memory on a GPU, quoted.",
     "merging": "What is left of two or three skills after a merge.",
     "mixed_batch": "A different adapter in every row of a batch: time over "

@@ -35,6 +35,7 @@ from tools.sandbox import Stopped, Worker  # noqa: E402
 from tools.worker import ERRORS, NotPlain  # noqa: E402
 
 CELL_SECONDS = 20  # for one cell or one call; a set may say more
+MAX_MESSAGE = 2000  # characters of a hint
 STARTS = 5  # processes for one submission
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 DRIVER = "driver"  # tag of given cells that run with the student's code
@@ -123,15 +124,15 @@ class Key:
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(self.cells[name].source, "<check>", "exec"), names)
         except AssertionError as error:
-            return str(error) or "a check failed"
+            return str(error)[:MAX_MESSAGE] or "a check failed"
         except Stopped as error:
             return str(error)
         except NameError as error:
             if error.name in self.asked[name]:
                 return f"{error.name} is not defined: did its cell run?"
-            raise
+            return f"NameError: {error}"[:MAX_MESSAGE]
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}"[:MAX_MESSAGE]
         return ""
 
 

@@ -5,14 +5,16 @@
 `Worker` starts tools/worker.py by bubblewrap (https://github.com/containers/
 bubblewrap): other namespaces for processes, network, users and files; of the
 disk only the system's programs, Python, its packages and lora_from_scratch can
-be read, and a private /tmp can be written. Run by root, the process becomes the
-user 65534, so that limits count. Memory of one process, sizes of files and the
-number of processes are limited inside; time and the memory of all together are
-watched from here, and who takes more is ended with all that it started.
+be read, and a private /tmp can be written. Run by root, each sandbox becomes a
+user that nobody else is, so that limits count. Memory of one process, sizes of
+files and the number of processes are limited inside; time and the memory of all
+together are watched from here, and who takes more is ended with all that it
+started.
 """
 
 import contextlib
 import os
+import random
 import select
 import shutil
 import signal
@@ -35,7 +37,8 @@ MEGABYTES = 4096  # of address space, each process
 ALL_MEGABYTES = 6144  # in memory, all processes of a sandbox
 DISK_MEGABYTES = 512  # in /tmp, which is memory too
 FILE_MEGABYTES = 100
-PROCESSES = 32
+PROCESSES = 32  # and threads; four times as many if the user is shared
+USERS = range(1_000_000, 2_000_000)  # one for each sandbox that root starts
 START_SECONDS = 120  # to import torch on a busy machine
 HELP = (
     "submissions are run by bubblewrap, and it is missing here.\n"
@@ -86,7 +89,11 @@ def command():
     parts += ["--remount-ro", "/", "--remount-ro", "/dev", "--clearenv"]
     for name, value in environment().items():
         parts += ["--setenv", name, value]
-    limits = NOBODY, MEGABYTES, FILE_MEGABYTES, PROCESSES + running()
+    if os.getuid() == 0:
+        user, processes = random.choice(USERS), PROCESSES
+    else:  # the limit counts all that this user runs
+        user, processes = NOBODY, running() + 4 * PROCESSES
+    limits = user, MEGABYTES, FILE_MEGABYTES, processes
     return [*parts, "--", sys.executable, str(inner), *map(str, limits)]
 
 
@@ -123,15 +130,12 @@ def environment():
 
 
 def running():
-    """Return how many threads run now as the user that a worker will be.
-
-    The limit of processes counts all of a user, in whatever sandbox.
-    """
-    user, count = os.getuid() or NOBODY, 0
-    for process in psutil.process_iter(["uids", "num_threads"]):
-        if process.info["uids"].real == user:
-            count += process.info["num_threads"] or 0
-    return count
+    """Return how many threads of this user run now."""
+    return sum(
+        process.info["num_threads"] or 0
+        for process in psutil.process_iter(["uids", "num_threads"])
+        if process.info["uids"].real == os.getuid()
+    )
 
 
 class Worker:
