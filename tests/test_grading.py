@@ -431,6 +431,22 @@ def test_a_driver_without_its_answer_costs_its_own_check_only():
     assert said["check-1"] == "" and "'Layer' is not defined" in said["check-2"]
 
 
+def test_a_driver_that_was_replaced_is_put_back():
+    nb = small_set()
+    nb.cells[4].source = "class Layer:\n    pass"
+    nb.cells.insert(6, new_code_cell("def through(x):\n    return x"))
+    assert (
+        "not callable" in judge.judge(judge.Key(small_set()), nb, 3)["check-2"]
+    )
+
+
+@pytest.mark.parametrize("error", [3, "text", [], [1, 2, 3], {"a": 1}])
+def test_a_forged_reply_is_shown_and_short(error):
+    shown = judge.outputs({"printed": "x" * 10**6, "error": error})
+    assert len(shown[0].text) == worker.MAX_TEXT
+    assert all(len(o.get("evalue", "")) <= judge.MAX_MESSAGE for o in shown)
+
+
 def test_hidden_numbers_come_from_the_seed():
     drawn = []
     for seed in (1, 1, 2):
@@ -595,6 +611,28 @@ def test_feedback_has_hints_and_no_hidden_test(graded):
 def test_nothing_of_a_submission_is_left(graded):
     course, _, _, left = graded
     assert not [*course.rglob("was_here")] and not left
+
+
+@pytest.mark.slow
+def test_points_given_by_hand_are_kept_when_graded_again(graded):
+    from nbgrader.api import Gradebook
+
+    from tools import grade
+
+    course, results, *_ = graded
+    [before] = [r for r in results if r.student == "third_style"]
+    with Gradebook(f"sqlite:///{course / assignments.DATABASE}") as book:
+        given = book.find_grade("ex-ps1-7", SET, SET, "third_style")
+        given.manual_score = 1.5
+        book.db.commit()
+    again = grade.grade(
+        grade.NbGraderAPI(config=grade.configuration()),
+        "third_style",
+        SET,
+        course.parent / "class" / "third_style" / f"{SET}.ipynb",
+    )
+    assert again.total == before.total + 1.5
+    assert again.by_hand == ["ex-ps1-8"]
 
 
 def test_names_that_browsers_make_are_known(tmp_path):

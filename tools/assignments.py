@@ -182,6 +182,11 @@ def build(seed=0, course=COURSE):
         if not result["success"]:
             raise RuntimeError(f"{name}: {result.get('error')}{result['log']}")
         pack(course, name)
+    # for JupyterLab's form of nbgrader, which looks for it where it starts
+    pages.write(
+        course / "nbgrader_config.py",
+        f"c = get_config()\nc.CourseDirectory.root = {str(course)!r}\n",
+    )
     chosen = {path.stem: drawn(path, seed) for path in texts()}
     pages.write(
         course / DRAWN,

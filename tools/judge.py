@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.sandbox import Stopped, Worker  # noqa: E402
-from tools.worker import ERRORS, NotPlain  # noqa: E402
+from tools.worker import ERRORS, MAX_TEXT, NotPlain  # noqa: E402
 
 CELL_SECONDS = 20  # for one cell or one call; a set may say more
 MAX_MESSAGE = 2000  # characters of a hint
@@ -92,8 +92,9 @@ class Key:
         self.cells = {}  # {grade_id: check cell}
         self.before = {}  # {grade_id: names as they are above its check}
         self.asked = {}  # {grade_id: names that belong to the student}
+        self.drivers = {}  # {grade_id: given cells that it asks by}
         self.seconds = source.metadata.get("seconds", CELL_SECONDS)
-        self.names, asked = {"__name__": "__main__"}, set()
+        self.names, asked, drivers = {"__name__": "__main__"}, set(), []
         for cell in source.cells:
             if cell.cell_type != "code":
                 continue
@@ -102,9 +103,12 @@ class Key:
                 self.cells[name] = cell
                 self.before[name] = dict(self.names)
                 self.asked[name] = set(asked)
+                self.drivers[name] = list(drivers)
                 continue
             if is_answer(cell):
                 asked |= names_bound(cell.source)
+            if DRIVER in cell.metadata.get("tags", []):
+                drivers.append(cell.source)
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(cell.source, "<set>", "exec"), self.names)
 
@@ -257,6 +261,8 @@ def judge(key, nb, seed, start=Worker):
                 continue
             if is_check(cell):
                 name = grader(cell)["grade_id"]
+                for source in key.drivers[name]:  # as given, whatever is above
+                    session.run(source)
                 said[name] = key.check(name, session, seed)
                 cell.outputs = verdict(said[name])
             else:
@@ -282,10 +288,11 @@ def failure(kind, message):
 def outputs(reply):
     """Return the outputs of a student's cell."""
     found = []
-    if text := str(reply.get("printed") or ""):
+    if text := str(reply.get("printed") or "")[:MAX_TEXT]:
         found.append(new_output("stream", name="stdout", text=text))
     if error := reply.get("error"):
-        kind, message = (str(part) for part in [*error, ""][:2])
+        parts = error if type(error) is list else [error]
+        kind, message = (str(part)[:MAX_MESSAGE] for part in [*parts, ""][:2])
         found.append(failure(kind, message))
     return found
 

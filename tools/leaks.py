@@ -33,7 +33,7 @@ REGION = re.compile(
     r"^[ ]*### BEGIN (SOLUTION|HIDDEN TESTS)\n(.*?)^[ ]*### END \1", re.M | re.S
 )
 CANARY = re.compile(r"[ ]*(#|<!--) canary: (ps\d-\d+) (solution|hidden)( -->)?")
-LONG = 50  # a line of a solution this long is nobody else's
+LONG = 35  # a line of a solution this long is nobody else's
 
 
 def unmarked(text: str, name: str) -> list[str]:
