@@ -18,6 +18,7 @@ works on it, and tools/grade.py grades it.
 import argparse
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -37,6 +38,11 @@ sys.path.insert(0, str(ROOT))
 
 from tools import notebooks, pages  # noqa: E402
 from tools.make_zip import EPOCH  # noqa: E402
+
+# nbgrader starts alembic by name, which may stand beside this Python only
+BIN = str(Path(sys.executable).parent)
+if BIN not in os.environ["PATH"].split(os.pathsep):
+    os.environ["PATH"] = BIN + os.pathsep + os.environ["PATH"]
 
 SETS = ROOT / "assignments" / "sets"
 COURSE = ROOT / "_build" / "assignments"
