@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import struct
+import textwrap
 
 import nbformat
 import numpy as np
@@ -424,6 +425,31 @@ def test_a_notebook_that_ends_process_after_process_is_given_up():
     said = judge.judge(judge.Key(small_set()), nb, 3, start)
     assert len(starts) == judge.STARTS
     assert all("nothing more" in line for line in said.values())
+
+
+@pytest.mark.parametrize(
+    "hidden", ["while True:\n    pass", "while True:\n    half(x)"]
+)
+def test_a_check_without_end_costs_its_own_points_only(hidden, monkeypatch):
+    monkeypatch.setattr(judge, "CHECK_CELLS", 0.5)
+    key = judge.Key(small_set())
+    key.cells[
+        "check-1"
+    ].source += (
+        f"\ntry:\n{textwrap.indent(hidden, '    ')}\nexcept Exception: pass"
+    )
+    said = judge.judge(key, small_set(), seed=3)
+    assert "was not done with this answer in 1.5 s" in said["check-1"]
+    assert said["check-2"] == ""
+
+
+def test_a_submission_has_an_end():
+    session = judge.Session(3)
+    assert session.run("x = 1")["error"] is None
+    session.until = 0
+    said = [session.run("x = 2")["error"][1] for _ in range(2)]
+    assert "is used up" in said[0] and "nothing more" in said[1]
+    assert judge.ALL_CELLS * judge.CELL_SECONDS <= 600
 
 
 def test_a_driver_without_its_answer_costs_its_own_check_only():

@@ -11,7 +11,8 @@ solutions are ever in a process of a student.
     judged = judge(key, notebook, seed=7)
 
 What a cell does to its process, ending it for instance, costs that cell and no
-other: the process is started anew and the other cells run again.
+other: the process is started anew and the other cells run again. A cell, a
+check and a whole submission each have their time.
 """
 
 import ast
@@ -19,9 +20,12 @@ import contextlib
 import copy
 import hashlib
 import io
+import math
 import random
 import re
+import signal
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -35,10 +39,32 @@ from tools.sandbox import Stopped, Worker  # noqa: E402
 from tools.worker import ERRORS, MAX_TEXT, NotPlain  # noqa: E402
 
 CELL_SECONDS = 20  # for one cell or one call; a set may say more
+CHECK_CELLS = 3  # a check, calls and all, may take as long as so many cells
+ALL_CELLS = 15  # and a whole submission as long as so many
 MAX_MESSAGE = 2000  # characters of a hint
 STARTS = 5  # processes for one submission
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 DRIVER = "driver"  # tag of given cells that run with the student's code
+
+
+class Overdue(BaseException):
+    """A check took too long; no ``except Exception`` in it hides that."""
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    """Raise Overdue in what runs inside, once so many seconds have passed."""
+
+    def ring(signum, frame):
+        raise Overdue
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def grader(cell):
@@ -124,9 +150,13 @@ class Key:
         names["reference"] = types.SimpleNamespace(**reference)
         names["draw"] = random.Random(number)
         torch.manual_seed(int(number[:8], 16))
+        seconds = CHECK_CELLS * self.seconds
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), at_most(seconds):
                 exec(compile(self.cells[name].source, "<check>", "exec"), names)
+        except Overdue:
+            session.close()  # a reply may be half read
+            return f"the check was not done with this answer in {seconds} s"
         except AssertionError as error:
             return str(error)[:MAX_MESSAGE] or "a check failed"
         except Stopped as error:
@@ -143,8 +173,8 @@ class Key:
 class Session:
     """The cells of one submission in a process that may end at any time."""
 
-    def __init__(self, seconds, start=Worker):
-        self.seconds, self.start = seconds, start
+    def __init__(self, seconds, start=Worker, until=math.inf):
+        self.seconds, self.start, self.until = seconds, start, until
         self.ran = []  # sources, for another start
         self.starts = 0
         self.worker = None
@@ -164,7 +194,7 @@ class Session:
         try:
             if self.worker is None:
                 self.begin()
-            return self.worker.ask(request, self.seconds)
+            return self.send(request)
         except Stopped:
             self.worker = None
             raise
@@ -179,7 +209,14 @@ class Session:
         self.starts += 1
         self.worker = self.start()
         for source in self.ran:
-            self.worker.ask({"run": source}, self.seconds)
+            self.send({"run": source})
+
+    def send(self, request):
+        """Send a request to the running process, while there is time."""
+        if time.monotonic() > self.until:
+            self.starts = STARTS
+            self.worker.end("the time of the whole notebook is used up")
+        return self.worker.ask(request, self.seconds)
 
     def run(self, source):
         """Run a cell; return {"printed": ..., "error": ...}."""
@@ -254,7 +291,8 @@ def judge(key, nb, seed, start=Worker):
     Returns:
         {grade_id of a check: "" or what it said}.
     """
-    session, said = Session(key.seconds, start), {}
+    until = time.monotonic() + ALL_CELLS * key.seconds
+    session, said = Session(key.seconds, start, until), {}
     try:
         for cell in nb.cells:
             if cell.cell_type != "code":
