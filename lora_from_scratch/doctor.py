@@ -6,11 +6,11 @@ Taught in: book/how_to_use.md
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import psutil
@@ -113,6 +113,15 @@ def examine() -> Report:
     )
 
 
+def installed(module: str) -> bool:
+    """Return whether a top-level module can be imported, importing nothing.
+
+    Not by importlib.util.find_spec: asked for pip, the finder of setuptools
+    would leave its place, and no later import of setuptools would work.
+    """
+    return PathFinder.find_spec(module) is not None
+
+
 def judge(scale: str, base: BaseModel, available_bytes: int) -> Verdict:
     """Return whether ``base`` runs here, from memory, disk and set-up.
 
@@ -141,7 +150,7 @@ def judge(scale: str, base: BaseModel, available_bytes: int) -> Verdict:
         folder, disk = cache_folder(), 2 * base.size_bytes
         disk += 2 * base.parameters  # the converted copy, bfloat16
         for module in ("pip", "gguf"):
-            if importlib.util.find_spec(module) is None:
+            if not installed(module):
                 way_out = {
                     "pip": "python -m ensurepip",
                     "gguf": "python -m pip install gguf",

@@ -1,6 +1,5 @@
 """Tests for lora_from_scratch/doctor.py and the command line."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -124,12 +123,19 @@ def test_too_little_disk_is_no(scale, monkeypatch):
 def test_a_missing_tool_is_no_and_says_the_command(
     module, command, monkeypatch
 ):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n: None if n == module else find(n)
-    )
+    find = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda n: n != module and find(n))
     verdict = doctor.judge("small", SCALES["small"], PLENTY)
     assert not verdict.runs and command in verdict.reason
+
+
+def test_after_the_doctor_setuptools_can_still_be_imported():
+    code = (
+        "from lora_from_scratch import doctor\n"
+        "assert doctor.installed('pip') and not doctor.installed('pipp')\n"
+        "import setuptools"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_offline_and_not_here_is_no(monkeypatch):
