@@ -14,14 +14,16 @@ PACKAGES := $(VENV)/.packages
 BROWSER := $(VENV)/.browser
 SANDBOX := $(VENV)/.sandbox
 PIP := $(BIN)/python -m pip install --quiet --quiet
-# Two processes, one lesson or one file of tests in each.
+# Two processes; the next lesson, file or slow test goes to the one that is free.
 PYTEST_2 := $(BIN)/python -m pytest -q -n 2
-NBVAL := $(PYTEST_2) --dist loadfile --nbval --nbval-current-env \
+BY_FILE := $(PYTEST_2) --dist loadfile --no-loadscope-reorder
+ONE_BY_ONE := $(PYTEST_2) --dist load --maxschedchunk 1
+NBVAL := $(BY_FILE) --nbval --nbval-current-env \
 	--nbval-cell-timeout=120 notebooks/*.ipynb
 # Tests of the built pages; the rest of the slow ones run the notebooks.
 SITE_TESTS := tests/test_site.py tests/test_search.py tests/test_design.py \
 	tests/test_pdf.py
-LESSON_TESTS := tests/test_notebooks.py tests/test_answers.py
+LESSON_TESTS := tests/test_answers.py tests/test_notebooks.py
 SLOW_TESTS := $(LESSON_TESTS) $(SITE_TESTS)
 
 # Lessons and pages are made with one thread: with more, sums round in another
@@ -56,16 +58,16 @@ lab: $(PACKAGES)  ## open the exercise copies in JupyterLab
 check: $(PACKAGES) $(BROWSER) $(SANDBOX)  ## everything that CI checks, cheap first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST_2) --dist loadfile $(SLOW_TESTS:%=--ignore=%)
+	$(BY_FILE) $(SLOW_TESTS:%=--ignore=%)
 	$(BIN)/python tools/notebooks.py --check
 	$(NBVAL)
-	$(PYTEST_2) --dist worksteal $(LESSON_TESTS)
+	$(ONE_BY_ONE) $(LESSON_TESTS)
 	$(MAKE) html
 	$(BIN)/python tools/leaks.py
 	$(PYTEST_2) --dist worksteal $(SITE_TESTS)
 
 test: $(PACKAGES)  ## the tests of the package only
-	$(PYTEST_2) --dist loadfile $(SLOW_TESTS:%=--ignore=%)
+	$(BY_FILE) $(SLOW_TESTS:%=--ignore=%)
 
 notebooks: $(PACKAGES)  ## run all lesson texts, write the notebooks
 	$(BIN)/python tools/notebooks.py

@@ -25,7 +25,7 @@ def test_every_exercise_is_in_the_table_with_its_minutes():
         row = next(
             line for line in block.splitlines() if f"[{lesson.title}]" in line
         )
-        assert f" | {cost.exercises} | " in row
+        assert f" min reading, {cost.exercises} min exercises | " in row
         tasks = list(teaching_page.exercises(lesson.text))
         assert len(tasks) == len(re.findall("^## Exercise", lesson.text, re.M))
         for task in tasks:

@@ -6,6 +6,7 @@
 assignments/sets/psN_topic.md -> _build/assignments/source/...   for nbgrader
                               -> _build/assignments/release/...  for students
                               -> _build/assignments/psN_topic.zip
+assignments/instructor/...    -> _build/assignments/instructor/...  to mark by
 
 A set is a lesson's text with a list of choices in its header, ``draw``. The
 seed takes one of each, and the text, a Jinja2 template, is filled with them:
@@ -36,7 +37,7 @@ from traitlets.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools import notebooks, pages  # noqa: E402
+from tools import answers, marking, notebooks, pages  # noqa: E402
 from tools.make_zip import EPOCH  # noqa: E402
 
 # nbgrader starts alembic by name, which may stand beside this Python only
@@ -168,12 +169,13 @@ nothing else.
 
 
 def build(seed=0, course=COURSE):
-    """Make the course folder, the release and a zip for each set."""
+    """Make the course folder: release, a zip and a marking guide for a set."""
     from nbgrader.apps import NbGraderAPI
 
     shutil.rmtree(course / "source", ignore_errors=True)
     shutil.rmtree(course / "release", ignore_errors=True)
     logging.getLogger("traitlets").setLevel(logging.ERROR)
+    marked = {}
     for text_path in texts():
         folder = course / "source" / text_path.stem
         folder.mkdir(parents=True)
@@ -181,6 +183,13 @@ def build(seed=0, course=COURSE):
         pages.write(
             folder / f"{text_path.stem}.ipynb", nbformat.writes(nb) + "\n"
         )
+        beside = [
+            filled(path, drawn(text_path, seed)) if path.exists() else ""
+            for folder in (marking.FOLDER, answers.FOLDER)
+            for path in [folder / text_path.name]
+        ]
+        marked[text_path.stem] = nb, *beside
+    marking.build(marked, course / "instructor", seed)
     api = NbGraderAPI(config=configuration(course))
     for text_path in texts():
         name = text_path.stem

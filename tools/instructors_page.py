@@ -67,7 +67,7 @@ def sessions(plan, head, sets=False):
     cost = hours()
     rows = [(head, "lessons", "in class, min")]
     if sets:
-        rows = [(head, "lesson", "in class, min", "exercises, min", "set")]
+        rows = [(head, "lesson", "in class, min", "exercises, min")]
     total = 0.0
     for name, reading, doing in plan:
         stops = [(n, READ) for n in reading.split()]
@@ -76,12 +76,10 @@ def sessions(plan, head, sets=False):
         if sets:
             [(n, _)] = stops
             _, price = cost[n]
-            given = SETS_AFTER.get(n)
+            out = f" (set {SETS_AFTER[n]} out)" if n in SETS_AFTER else ""
             total += price.reading + price.exercises
-            rows.append(
-                (name, links, rounded(price.reading), price.exercises)
-                + (f"set {given} out" if given else "",)
-            )
+            reading = rounded(price.reading)
+            rows.append((name, links + out, reading, price.exercises))
         else:
             minutes = sum(minutes_of(how, cost[n][1]) for n, how in stops)
             total += minutes
@@ -129,10 +127,11 @@ def read_sets():
 
 def problem_sets() -> list[str]:
     """Return a line for each problem set."""
-    rows = [
-        ("set", "after", "time", "points", "checked", "by hand", "variants")
-    ]
-    return pages.table(*rows, *read_sets())
+    rows = [("set", "points", "checked, by hand", "variants")]
+    for title, after, time, points, checked, by_hand, varied in read_sets():
+        name = f"{title}<br>after {after}, {time}"
+        rows.append((name, points, f"{checked}, {by_hand}", varied))
+    return pages.table(*rows)
 
 
 def proof() -> list[str]:
@@ -140,15 +139,8 @@ def proof() -> list[str]:
 
     That each wrong one fails with its own hint is what the tests require.
     """
-    rows = [
-        (
-            "lesson or set",
-            "questions",
-            "right answers",
-            "wrong answers",
-            "hints",
-        )
-    ]
+    rows = [("lesson or set", "questions", "right", "wrong")]
+    hints = 0
     total = Counter()
     for title, names, found in tried():
         wrong = [a for a in found if not a.right]
@@ -156,11 +148,15 @@ def proof() -> list[str]:
             "questions": len(names),
             "right": sum(a.right for a in found),
             "wrong": len(wrong),
-            "hints": len({(a.exercise, a.hint) for a in wrong}),
         }
+        hints += len({(a.exercise, a.hint) for a in wrong})
         total.update(row)
         rows.append((title, *row.values()))
-    return pages.table(*rows, ("together", *total.values()))
+    return [
+        *pages.table(*rows, ("together", *total.values())),
+        "",
+        f"The {total['wrong']} wrong answers have {hints} different hints.",
+    ]
 
 
 def tried():

@@ -7,7 +7,7 @@ book/objectives.toml says of each of these what a student fails who cannot do
 it: exercises of the lesson, questions of its quiz, questions of the problem
 sets. Here the names are held against lessons, quizzes and sets, and the answers
 that try the checks are counted. What is not there is an error, and so is an
-objective without a check and a check without an objective, unless the list
+objective without a check. So is a check without an objective, unless the list
 says why.
 """
 
@@ -108,12 +108,12 @@ def checks_of(lesson: str, entry: dict) -> dict[str, list[Check]]:
 
     Raises:
         ValueError: if one of them is not there or named twice, if there is
-            none and the entry does not say so, or says so and has one.
+            none.
     """
     known = checks()[lesson] | checks()["sets"]
-    unknown = set(entry) - {*KEYS, "note", "missing"}
+    unknown = set(entry) - {*KEYS, "note"}
     if unknown:
-        raise ValueError(f"{sorted(unknown)} is none of {KEYS}, note, missing")
+        raise ValueError(f"{sorted(unknown)} is none of {KEYS}, note")
     found = {}
     for key in KEYS:
         names = entry.get(key, [])
@@ -125,10 +125,8 @@ def checks_of(lesson: str, entry: dict) -> dict[str, list[Check]]:
         if len(set(names)) < len(names):
             raise ValueError(f"{key}: one is named twice")
         found[key] = [known[key][name] for name in names]
-    if any(found.values()) == bool(entry.get("missing")):
-        raise ValueError("needs a check, or 'missing' with what there is")
-    if entry.get("missing") and entry.get("note"):
-        raise ValueError("'missing' says it all, without a note")
+    if not any(found.values()):
+        raise ValueError("needs a check: an exercise, or a question")
     return found
 
 
@@ -199,13 +197,12 @@ def counts() -> list[str]:
         any(x.wrong for of in kinds.values() for x in of)
         for kinds in found.values()
     )
-    none = sum("missing" in entry for entry in flat)
     noted = sum("note" in entry for entry in flat)
     return [
         f"The {len(pages.lessons())} lessons have {len(found)} objectives. "
-        f"{run} of them are checked by code that a student writes, "
-        f"{len(found) - run - none} only by a quiz or by answers in words, and "
-        f"{none} by nothing. For {noted} the checks leave something open.",
+        f"{run} of them are checked by code that a student writes, and "
+        f"{len(found) - run} only by a quiz or by answers in words. For "
+        f"{noted} the checks leave something open.",
         "",
         f"The checks are {len(every['exercises'])} exercises, "
         f"{len(every['quiz'])} questions of quizzes, and {len(every['sets'])} "
@@ -218,9 +215,23 @@ def counts() -> list[str]:
     ]
 
 
-def cell(of: list[Check]) -> str:
-    """Return a cell of the table, a line for each check."""
-    return "<br>".join(check.words for check in of)
+def cell(row: dict[str, list[Check]]) -> str:
+    """Return what checks an objective, a line for each kind of check.
+
+    One cell, because a phone has room for two columns and not for five.
+    """
+    every = [check for key in KEYS for check in row[key]]
+    right = sum(check.right for check in every)
+    wrong = sum(check.wrong for check in every)
+    said = {
+        "Exercises": "<br>".join(check.words for check in row["exercises"]),
+        "Quiz": "; ".join(check.words for check in row["quiz"]),
+        "Problem sets": ", ".join(check.words for check in row["sets"]),
+        "Tried": f"{right} right, {wrong} wrong" if wrong else "",
+    }
+    return "<br>".join(
+        f"*{kind}.* {text}" for kind, text in said.items() if text
+    )
 
 
 def tables() -> list[str]:
@@ -229,23 +240,13 @@ def tables() -> list[str]:
     found = whole(listed)
     lines = []
     for lesson in pages.lessons():
-        rows = [("objective", "exercises", "quiz", "problem sets", "tried")]
+        rows = [("objective", "what checks it")]
         for number, text in objectives(lesson.text).items():
             row, entry = found[lesson.name, number], listed[lesson.name][number]
             words = f"({number}) {text.replace('](../book/', '](')}"
-            if "missing" in entry:
-                words += f"<br>*Checked by nothing.* {entry['missing']}"
-            elif "note" in entry:
+            if "note" in entry:
                 words += f"<br>*Left open.* {entry['note']}"
-            every = [check for key in KEYS for check in row[key]]
-            right = sum(check.right for check in every)
-            wrong = sum(check.wrong for check in every)
-            numbers = f"{right} right, {wrong} wrong" if wrong else ""
-            sets = ", ".join(check.words for check in row["sets"])
-            rows.append(
-                (words, cell(row["exercises"]), cell(row["quiz"]))
-                + (sets, numbers)
-            )
+            rows.append((words, cell(row)))
         lines += ["", f"## {lesson.title}", "", *pages.table(*rows)]
     return lines[1:]
 

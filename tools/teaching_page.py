@@ -49,11 +49,14 @@ def exercises(text: str) -> Iterator[Exercise]:
 
 
 def minutes() -> list[str]:
-    """Return one line for each lesson: its times, and its exercises."""
-    rows = [("lesson", "reading, min", "exercises, min", "one by one")]
+    """Return one line for each lesson: its times, and its exercises.
+
+    Two columns, which a phone has room for.
+    """
+    rows = [("lesson", "exercises (difficulty, min)")]
     for lesson, cost in paths_page.hours().values():
         page = f"../notebooks/{lesson.name}.ipynb"
-        tasks = "; ".join(
+        tasks = "<br>".join(
             f"[{task.number} {task.name}]"
             f"({page}#{default_slugify(task.heading)}) "
             f"({task.difficulty}, {task.minutes})"
@@ -61,7 +64,8 @@ def minutes() -> list[str]:
         )
         plan = f"[{lesson.title}](#{default_slugify(lesson.title)})"
         reading = paths_page.rounded(cost.reading)
-        rows.append((plan, reading, cost.exercises, tasks))
+        times = f"{reading} min reading, {cost.exercises} min exercises"
+        rows.append((f"{plan}<br>{times}", tasks))
     return pages.table(*rows)
 
 
