@@ -156,6 +156,8 @@ def examine(parts: dict[str, tuple[str, list[Row]]], data: Data) -> list[Fault]:
 
 def _balance(part, file, rows, data):
     counts = Counter(row.label for row in rows)
+    if not counts:
+        return []  # that there are no rows is a fault of its own
     if len(counts) == 1:
         (label,) = counts
         return [
@@ -167,7 +169,7 @@ def _balance(part, file, rows, data):
             )
         ]
     missing = [label for label in data.labels if not counts[label]]
-    if missing and counts:
+    if missing:
         return [Fault("balance", file, None, f"no row is {missing[0]!r}")]
     most, least = max(counts, key=counts.get), min(counts, key=counts.get)
     if counts[most] > data.max_imbalance * counts[least]:

@@ -424,9 +424,10 @@ class _Run:
 
             def after_step(done, loss):
                 losses.append(loss)
+                stage = "search" if path is None else "train"
+                self.log.write(stage, step=done, loss=loss)
                 if path is None:
                     return
-                self.log.write("train", step=done, loss=loss)
                 if done % settings.checkpoint_every == 0 or done == steps:
                     save_state(path, self.model, optimizer, losses, fingerprint)
 
@@ -534,6 +535,8 @@ class _Run:
     def _smoke(self, setting):
         """Serve the adapter and ask it; Interrupted if it answers wrongly."""
         n, adapter = self.settings.smoke_examples, self.out / "adapter"
+        if n == 0:
+            return []
         self.tell(f"serving it, and asking {n} questions")
         load_adapter(self.model, adapter)
         test = self._encoded("test")
@@ -544,7 +547,11 @@ class _Run:
         rows = [self.parts["test"][i] for i in picked]
         prompts = [self.task.prompt(row.text) for row in rows]
         decode = self.task.tokenizer.decode
-        starts = [decode([found.written[i].item()]) for i in picked]
+        # the server leaves the end-of-text token out
+        starts = [
+            decode([found.written[i].item()], skip_special_tokens=True)
+            for i in picked
+        ]
         longest = max(map(len, self.task.answers))
         name = self.settings.name
         app = smoke.prepare(self.settings.base, name, adapter, setting["r"])

@@ -175,7 +175,7 @@ class Settings(Part):
         seed: of every draw.
         threads: of the processor; sums round differently with another number.
         checkpoint_every: steps between checkpoints.
-        smoke_examples: asked of the server at the end.
+        smoke_examples: asked of the server at the end; 0 starts none.
     """
 
     name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -188,7 +188,7 @@ class Settings(Part):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     checkpoint_every: Count = 20
-    smoke_examples: Count = 4
+    smoke_examples: Annotated[int, Field(ge=0), BeforeValidator(_number)] = 4
 
     @model_validator(mode="after")
     def _known_base(self):
