@@ -598,7 +598,7 @@ def test_another_run_is_refused_and_its_difference_named(straight, tmp_path):
     other = project(tmp_path)
     lines = (other / "train.jsonl").read_text().splitlines()
     (other / "train.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    with pytest.raises(ConfigError, match="data, train: "):
+    with pytest.raises(ConfigError, match="data, (train|valid).*: "):
         run.run(other / "config.yaml", done.folder)
     with pytest.raises(ConfigError, match="not the folder of a run"):
         run.run(folder / "config.yaml", folder)

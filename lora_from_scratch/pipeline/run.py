@@ -138,6 +138,11 @@ def check(path: str | Path) -> Checked:
     Raises:
         ConfigError, DataError: with all faults that were found.
     """
+    with torch.random.fork_rng(devices=[]):  # trying an adapter draws
+        return _check(path)
+
+
+def _check(path):
     settings = read_settings(path)
     data, home = settings.data, Path(path).parent
     named = {"train": data.train, "test": data.test}

@@ -25,7 +25,7 @@ def prepare(base: str, name: str, adapter: Path, r: int) -> FastAPI:
         [f"{name}={adapter}"],
         None,
         None,
-        Console(quiet=True),
+        Console(quiet=True, force_jupyter=False),
         max_adapters=1,
         max_rank=max(16, r),
     )
