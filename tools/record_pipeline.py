@@ -308,7 +308,6 @@ def write(values):
         "python tools/record_pipeline.py",
         "tiny",
         spent.user + spent.system + spent.children_user + spent.children_system,
-        seeds=[0],
     )
     text = json.dumps({"made": head, **values}, indent=1) + "\n"
     part = FILE.with_suffix(".part")
