@@ -171,6 +171,79 @@ def serve(
     command.run(served, bound)
 
 
+@app.command()
+def train(
+    config: Path,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; beside CONFIG if not given."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check everything, train nothing.")
+    ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the adapter at the end.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="With --serve.")
+    ] = 8000,
+) -> None:
+    """Make an adapter from the data that CONFIG names, and ask it questions.
+
+    Checks, searches, trains, evaluates, exports and tries the result on a
+    server. The same command goes on with a run that was stopped or killed.
+    Exit status 2 for settings or data that cannot be used, 1 for a run that
+    stopped and can go on.
+    """
+    from lora_from_scratch.pipeline import run as pipeline
+    from lora_from_scratch.pipeline import smoke
+    from lora_from_scratch.serving import command
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    try:
+        if check:
+            pipeline.check(config)
+            console.print("nothing is wrong with it")
+            return
+        bound = command.bind("127.0.0.1", port, None) if serve else None
+        name = pipeline.read_settings(config).name
+        out = out or config.parent / name
+        done = pipeline.run(
+            config, out, lambda line: console.print(line, soft_wrap=True)
+        )
+        app = (
+            smoke.prepare(
+                pipeline.read_settings(config).base,
+                name,
+                out / "adapter",
+                done.setting["r"],
+            )
+            if serve
+            else None
+        )
+    except ValueError as error:
+        console.print(str(error), soft_wrap=True)
+        raise typer.Exit(2) from error
+    except RuntimeError as error:
+        console.print(str(error), soft_wrap=True)
+        raise typer.Exit(1) from error
+    found = done.result["accuracy"]
+    console.print(
+        f"accuracy {found['mean']:.3f} [{found['low']:.3f}, "
+        f"{found['high']:.3f}] on {done.result['n']} test rows; everything "
+        f"is in {out}",
+        soft_wrap=True,
+    )
+    if serve:
+        bound.listen()
+        console.print(
+            f"serving {name} on http://127.0.0.1:{bound.getsockname()[1]}/v1, "
+            "ctrl-C stops",
+            soft_wrap=True,
+        )
+        command.run(app, bound)
+
+
 def _ledgers(columns, title) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("item", no_wrap=True)

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lora_from_scratch.config import LoRAConfig
+from lora_from_scratch.files import sorted_header
 from lora_from_scratch.inject import (
     Config,
     add_lora,
@@ -105,7 +106,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter of ``model`` to ``folder``, readable by PEFT.
 
     Both files are written beside their places first and renamed at the end:
-    after an error, an adapter that stood in ``folder`` is still whole.
+    after an error, an adapter that stood in ``folder`` is still whole. Equal
+    adapters make equal bytes.
     A DyLoRA adapter is written with all its rows, whatever rank is in use.
 
     Raises:
@@ -157,7 +159,8 @@ def write_adapter(
             handle, part = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
             os.close(handle)
             parts.append((part, folder / name))
-        save_file(tensors, parts[0][0], metadata=metadata)
+        whole = sorted_header(save(tensors, metadata=metadata))
+        Path(parts[0][0]).write_bytes(whole)
         Path(parts[1][0]).write_text(config, encoding="utf-8")
         umask = os.umask(0)
         os.umask(umask)

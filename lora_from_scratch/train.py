@@ -11,7 +11,7 @@ Taught in: notebooks/04_lora_model.ipynb
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ def train(
     warmup_steps: int = 0,
     decay: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    start: int = 0,
+    after_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train in place for ``steps`` batches; return the loss of each step.
 
@@ -49,6 +51,11 @@ def train(
             it stays constant.
         optimizer: defaults to AdamW without weight decay over the trainable
             parameters; pass your own to keep its state between calls.
+        start: steps that an earlier call has done. Training goes on at step
+            ``start`` of ``steps`` with its learning rate; ``batches`` begins
+            with the batch of that step.
+        after_step: called with the number of steps done and the last loss
+            when weights and optimizer are those of that step.
 
     Raises:
         ValueError: if nothing is trainable, an argument is out of range, a
@@ -59,6 +66,8 @@ def train(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 0 <= start < steps:
+        raise ValueError(f"start must be in 0..{steps - 1}, got {start}")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     if warmup_steps < 0:
@@ -83,7 +92,7 @@ def train(
     history, source, was_training = [], iter(batches), model.training
     model.train()
     try:
-        for step in _progress(steps):
+        for step in _progress(start, steps):
             try:
                 batch = next(source)
             except StopIteration:
@@ -98,7 +107,7 @@ def train(
                 _restore(trainable, good)
                 raise RuntimeError(
                     f"loss is {loss.item()} at step {step}; the weights are "
-                    f"back at those of step {max(0, step - 1)}. Lower the "
+                    f"back at those of step {max(start, step - 1)}. Lower the "
                     "learning rate, warm it up, or look for NaN in the batch"
                 )
             loss.backward()
@@ -115,6 +124,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             history.append(loss.item())
+            if after_step is not None:
+                after_step(step + 1, history[-1])
     finally:
         optimizer.zero_grad()
         model.train(was_training)
@@ -161,10 +172,11 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 8) -> float:
     return math.exp(evaluate(model, windows, batch_size))
 
 
-def _progress(steps: int) -> tqdm:
-    """Return range(steps) with a bar for a person, silent in a build."""
+def _progress(start: int, steps: int) -> tqdm:
+    """Return the steps to do with a bar for a person, silent in a build."""
     off = os.environ.get("LORA_PROGRESS") == "0"
-    return tqdm(range(steps), desc="training", unit="step", disable=off)
+    left, settings = range(start, steps), dict(initial=start, total=steps)
+    return tqdm(left, desc="training", unit="step", disable=off, **settings)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ LAYERS = [
     {"ablations", "adapters", "data", "family", "models", "results", "train"},
     {"merging", "serving"},
     {"doctor", "plots", "widgets"},
+    {"pipeline"},
     {"__main__"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -50,6 +50,8 @@ ABOUT = {
     "theme unmodified.",
     "peft_gpt2": "LoRA through PEFT against full fine-tuning on a pretrained "
     "model.",
+    "pipeline": "Twenty-one runs of the pipeline killed and gone on with, one "
+    "whole run, and llama.cpp on its GGUF file.",
     "qlora": "LoRA over 16 bits against LoRA over 4 bits on a pretrained "
     "model.",
     "serving_load": "A server under load, with adapters coming and going.",

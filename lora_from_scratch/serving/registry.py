@@ -9,10 +9,10 @@ Taught in: notebooks/15_serving.ipynb
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from lora_from_scratch.adapters import CONFIG, WEIGHTS, AdapterError
+from lora_from_scratch.files import write_whole
 
 
 def folder_inside(root: Path, path: str) -> Path:
@@ -72,19 +72,4 @@ def read_registry(path: Path) -> dict[str, str]:
 
 def write_registry(path: Path, adapters: dict[str, str]) -> None:
     """Replace the registry; after an OSError the old one is whole."""
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(adapters, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-    if os.name == "posix":  # the renaming itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_whole(path, json.dumps(adapters, indent=1).encode("utf-8"))

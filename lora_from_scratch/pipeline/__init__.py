@@ -1,0 +1,1 @@
+"""From raw data to a served adapter: one command, one folder, equal bytes."""
