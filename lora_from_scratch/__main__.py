@@ -64,7 +64,6 @@ def doctor(
 def _adapter_report(base: str, folder: Path | None) -> None:
     from lora_from_scratch.serving.command import load_model
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
         if folder is None:
             raise ValueError("give the folder of an adapter after the model")
@@ -72,15 +71,14 @@ def _adapter_report(base: str, folder: Path | None) -> None:
             raise ValueError(f"{folder} is not a folder")
         findings = check_adapter(load_model(base)[0], folder)
     except (ValueError, RuntimeError) as error:
-        console = Console(stderr=True, markup=False, soft_wrap=True)
-        console.print(str(error))
+        typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     for found in findings:
-        console.print(f"{found.fault}: {found.measured}")
-        console.print(f"  cause: {found.cause}\n  cure: {found.cure}")
+        typer.echo(f"{found.fault}: {found.measured}")
+        typer.echo(f"  cause: {found.cause}\n  cure: {found.cure}")
     if findings:
         raise typer.Exit(1)
-    console.print(f"no fault found in {folder.name} on {base}")
+    typer.echo(f"no fault found in {folder.name} on {base}")
 
 
 @app.command()

@@ -39,7 +39,7 @@ DIFFERS = 1e-3  # relative difference of two weights that is no rounding
 STEPS, MORE = 10, 8  # of a trial; directions that the rank trial adds
 TEN_TIMES = 10.0
 FAR, TWICE = 3.0, 2.0  # a trial of the rate, of the rank, is so much better
-WORTH = 0.05  # and by so much of the loss
+WORTH = 0.03  # and by so much of the loss
 GENTLE = 0.25
 TURNED = 0.2  # of what was gained on held-out text may be lost again
 
