@@ -75,7 +75,7 @@ class Run:
     Args:
         seed: of everything.
         peft: True if PEFT adapts the model.
-        steps, lr, r, n: of the run; n sequences, by default STEPS steps.
+        steps, lr, r, n: of the run, STEPS if None; n sequences.
         config: more settings of the adapter.
     """
 
@@ -140,7 +140,7 @@ def on_file(change, model=None):
     """Return a plant that changes the saved adapter, or the model."""
 
     def plant(seed, folder):
-        run = Run(seed, steps=20)
+        run = Run(seed, steps=min(20, STEPS))
         place = run.save(folder)
         if change is not None:
             file = place / "adapter_model.safetensors"
@@ -422,7 +422,7 @@ def over_four_bits(seed, folder):
     run.model = add_lora(deepcopy(run.base), LoRAConfig(r=R, lora_alpha=2 * R))
     trained = [p for p in run.model.parameters() if p.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=LR)
-    run.losses = train(run.model, cycle(run.batches), 40, LR, 5)
+    run.losses = train(run.model, cycle(run.batches), STEPS, LR, 5)
     return run.findings(lr=None) + check_adapter(run.base, run.save(folder))
 
 

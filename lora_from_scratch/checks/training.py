@@ -316,7 +316,8 @@ def _batches(model, batches):
 def _modes(model, batch):
     if not model.training:
         return []
-    one, two = _loss(model, batch), _loss(model, batch)
+    with torch.random.fork_rng():
+        one, two = _loss(model, batch), _loss(model, batch)
     if one == two:
         return []
     return [
