@@ -156,8 +156,7 @@ def _base(model, adapter: Adapter, factors) -> list[Finding]:
     packed = nf4_weight(modules[names[0]]) is not None or max(levels) <= LEVELS
     held = f"the weights hold {share:.2f} times the update"
     if packed and not adapter.base_quantized and share > 0.4:
-        said = f"at most {max(levels)} values in a block of 64; {held}, and "
-        said += f"differ from the base by {off:.0%}"
+        said = f"at most {max(levels)} values in a block of 64; {held}"
         return [Finding("merged into four bits", said)]
     if off > MOVED and alike > ALIKE:
         if abs(share - 1) < NEAR:
