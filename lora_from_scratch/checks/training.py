@@ -44,6 +44,7 @@ GENTLE = 0.25
 TURNED = 0.2  # of what was gained on held-out text may be lost again
 
 
+@torch.random.fork_rng()  # dropout must not draw from the caller's numbers
 def check_training(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -316,8 +317,7 @@ def _batches(model, batches):
 def _modes(model, batch):
     if not model.training:
         return []
-    with torch.random.fork_rng():
-        one, two = _loss(model, batch), _loss(model, batch)
+    one, two = _loss(model, batch), _loss(model, batch)
     if one == two:
         return []
     return [
@@ -475,8 +475,7 @@ def _gain(model, batches, lr, start, extra=()):
     groups = [*trained, *extra]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     try:
-        with torch.random.fork_rng():
-            train(model, cycle(batches), STEPS, lr, 3, optimizer=optimizer)
+        train(model, cycle(batches), STEPS, lr, 3, optimizer=optimizer)
         end = sum(_loss(model, b) for b in batches) / len(batches)
     except RuntimeError:  # the loss was not finite
         end = math.inf
