@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lora_from_scratch.doctor import examine, gib
+from lora_from_scratch.doctor import check_adapter, examine, gib
 from lora_from_scratch.memory import (
     ARCHITECTURES,
     inference_ledger,
@@ -29,11 +29,21 @@ def main() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this computer has, and which scale it can run.
+def doctor(
+    model: Annotated[str | None, typer.Argument()] = None,
+    adapter: Annotated[Path | None, typer.Argument()] = None,
+) -> None:
+    """Say what this computer can run, or what is wrong with ADAPTER on MODEL.
 
-    Exit status 1 if it cannot run the scale that LORA_SCALE asks for.
+    Without arguments: the machine; exit status 1 if it cannot run the scale
+    that LORA_SCALE asks for. With a MODEL, a scale (tiny, small, full) or the
+    folder of a checkpoint, and the folder of an ADAPTER: every fault that
+    can be seen in the file, without a change to either; exit status 1 if
+    there is one, 2 for a model or a folder that is not there.
     """
+    if model is not None:
+        _adapter_report(model, adapter)
+        return
     try:
         report = examine()
     except ValueError as error:
@@ -49,6 +59,26 @@ def doctor() -> None:
                 f"{verdict.reason}. LORA_SCALE=tiny needs the least."
             )
             raise typer.Exit(1)
+
+
+def _adapter_report(base: str, folder: Path | None) -> None:
+    from lora_from_scratch.serving.command import load_model
+
+    try:
+        if folder is None:
+            raise ValueError("give the folder of an adapter after the model")
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        findings = check_adapter(load_model(base)[0], folder)
+    except (ValueError, RuntimeError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    for found in findings:
+        typer.echo(f"{found.fault}: {found.measured}")
+        typer.echo(f"  cause: {found.cause}\n  cure: {found.cure}")
+    if findings:
+        raise typer.Exit(1)
+    typer.echo(f"no fault found in {folder.name} on {base}")
 
 
 @app.command()

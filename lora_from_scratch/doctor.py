@@ -2,7 +2,10 @@
 
 Reads versions from package metadata and imports nothing heavy but torch, so
 that an answer takes seconds. Nothing is fetched and no weights are read.
-Taught in: book/how_to_use.md
+
+``check_training`` and ``check_adapter`` examine a run and a file instead of
+the machine; they live in ``checks``.
+Taught in: book/how_to_use.md, notebooks/16_pitfalls.ipynb
 """
 
 import importlib.metadata
@@ -16,6 +19,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from lora_from_scratch.checks.finding import FAULTS, Finding
+from lora_from_scratch.checks.folder import check_adapter
+from lora_from_scratch.checks.training import check_training
 from lora_from_scratch.files import cache_folder
 from lora_from_scratch.models import (
     SCALES,
@@ -25,6 +31,15 @@ from lora_from_scratch.models import (
     hub_cache,
     is_here,
 )
+
+__all__ = [
+    "FAULTS",
+    "Finding",
+    "check_adapter",
+    "check_training",
+    "examine",
+    "judge",
+]
 
 PACKAGES = (
     "lora-from-scratch",

@@ -17,7 +17,7 @@ LAYERS = [
     {"variants"},
     {"inject"},
     {"ablations", "adapters", "data", "family", "models", "results", "train"},
-    {"merging", "serving"},
+    {"checks", "merging", "serving"},
     {"doctor", "plots", "widgets"},
     {"pipeline"},
     {"__main__"},

@@ -162,7 +162,7 @@ LORA = "03_lora_layer"
         (changed(LORA, "3", missing="why"), "'missing'. is none of"),
         (changed(LORA, "6", quiz=["dropout"]), "objectives are .* listed are"),
         ({k: v for k, v in LIST.items() if k != LORA}, r"listed are \[\]"),
-        (LIST | {"16_pitfalls": {}}, "there is no lesson .'16_pitfalls'"),
+        (LIST | {"99_pitfalls": {}}, "there is no lesson .'99_pitfalls'"),
         (without("3-4"), r"serve no objective: \['3-4', "),
         (without("frozen"), r"serve no objective: \['frozen', "),
         (without("ps2-7"), r"serve no objective: .*'ps2-7'"),

@@ -1,0 +1,1 @@
+"""What is wrong with this run or with this file? See doctor."""
