@@ -58,7 +58,9 @@ def to_kohya(folder: str | Path, path: str | Path, prefix: str = UNET) -> None:
             the same name, or a file that cannot be written.
     """
     tensors, modules = {}, {}
-    for module, (_, A, B, scaling) in lora_factors(read_adapter(folder)).items():
+    for module, (_, A, B, scaling) in lora_factors(
+        read_adapter(folder)
+    ).items():
         name = kohya_name(module, prefix)
         if name in modules:
             raise AdapterError(

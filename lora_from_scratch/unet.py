@@ -102,7 +102,10 @@ class TinyUNet(nn.Module):
 
         self.conv_in = nn.Conv2d(1, a, 3, padding=1)
         self.time_embedding = nn.ModuleDict(
-            {"linear_1": nn.Linear(a, width), "linear_2": nn.Linear(width, width)}
+            {
+                "linear_1": nn.Linear(a, width),
+                "linear_2": nn.Linear(width, width),
+            }
         )
         self.class_embedding = nn.Embedding(NO_LABEL + 1, width)
         self.down_blocks = nn.ModuleList(

@@ -57,9 +57,9 @@ X = torch.randn(
 def test_forward_is_the_dense_convolution_with_w0_plus_dw(kind):
     lora = layer(*kind)
     base = lora.base_layer
-    dW = torch.einsum(
-        "or,rihw->oihw", lora.lora_B[..., 0, 0], lora.lora_A
-    ) * (6 / lora.r)
+    dW = torch.einsum("or,rihw->oihw", lora.lora_B[..., 0, 0], lora.lora_A) * (
+        6 / lora.r
+    )
     expected = F.conv2d(X, base.weight + dW, base.bias, *kind[1:])
     assert_close(lora(X), expected)
     assert_close(lora.get_delta_weight(), dW)

@@ -48,7 +48,11 @@ def test_noise_in_one_go_is_noise_step_by_step():
 @pytest.mark.parametrize("t", [1, 7, N_STEPS - 1])
 def test_a_random_step_is_the_posterior_of_the_paper(t):
     """Eq. (7) with x_0, and eq. (11), which has the predicted noise."""
-    x0, noise, new = draw(3, 1, 8, 8), draw(3, 1, 8, 8, seed=1), draw(3, 1, 8, 8)
+    x0, noise, new = (
+        draw(3, 1, 8, 8),
+        draw(3, 1, 8, 8, seed=1),
+        draw(3, 1, 8, 8),
+    )
     x = add_noise(x0, torch.full((3,), t), noise)
     c = kept_share()
     a, beta = c[t] / c[t - 1], 1 - c[t] / c[t - 1]

@@ -34,6 +34,7 @@ ABOUT = {
     "ablation_topics": "LoRA and full fine-tuning on a task with labels.",
     "ablation_variants": "LoRA and seven of its variants in one comparison.",
     "bitsandbytes": "Two defects of a library that depend on the processor.",
+    "diffusion": "A concept taught to a small image model, with three seeds.",
     "family_cost": "Time of a training step and of a request, method by "
     "method.",
     "grading": "A class of made-up submissions, hostile ones too, graded.",
