@@ -87,6 +87,7 @@ class Exact(torch.nn.Module):
     mu, s = 0.4, 0.5
 
     def forward(self, x, t, y):
+        """Return the noise that is expected in x."""
         c = kept_share().to(x)[t][:, None, None, None]
         total = c * self.s**2 + 1 - c
         return (1 - c).sqrt() * (x - c.sqrt() * self.mu) / total
