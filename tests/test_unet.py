@@ -33,7 +33,11 @@ def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
 
 def test_two_loads_give_equal_bits_and_a_picture_is_its_own():
     a, b = load_unet(), load_unet()
-    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([1, 50, 99]), torch.arange(3)
+    x, t, y = (
+        torch.randn(3, 1, 8, 8),
+        torch.tensor([1, 50, 99]),
+        torch.arange(3),
+    )
     assert torch.equal(a(x, t, y), b(x, t, y))
     one = a(x[1:2], t[1:2], y[1:2])
     assert_close(one, a(x, t, y)[1:2], rtol=1e-4, atol=1e-5)
