@@ -331,6 +331,8 @@ def sample_weight(weight: Tensor | NF4Tensor, transposed: bool) -> list[float]:
     """
     if isinstance(weight, NF4Tensor):
         weight = weight.dequantize()
+    if weight.ndim > 2:  # a convolution's
+        weight = weight.flatten(1)
     d_out, d_in = weight.T.shape if transposed else weight.shape
     n = d_out * d_in
     at = torch.arange(0, n, max(1, n // SAMPLE))[:SAMPLE]
@@ -497,7 +499,8 @@ def lora_factors(
 ) -> dict[str, tuple[str, Tensor, Tensor, float]]:
     """Return {module: (ending of A's key, A, B, scaling)} of plain LoRA.
 
-    For what adds ``scaling B A`` without a model at hand.
+    For what adds ``scaling B A`` without a model at hand. The factors of a
+    convolution have four axes.
 
     Raises:
         AdapterError: a variant whose update is not ``scaling B A``, whole
@@ -525,7 +528,7 @@ def lora_factors(
                 continue
             A, B = left.pop(key), left.pop(module + end_B)
             r, scaling = rank_and_scaling(config, module)
-            if A.ndim != 2 or B.ndim != 2 or not len(A) == B.shape[1] == r:
+            if min(A.ndim, B.ndim) < 2 or not len(A) == B.shape[1] == r:
                 raise AdapterError(
                     f"{folder}: {module} has factors {tuple(A.shape)} and "
                     f"{tuple(B.shape)}, its config says rank {r}"

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from lora_from_scratch.config import LoRAConfig
+from lora_from_scratch.conv import LoRAConv2d
 from lora_from_scratch.linear import (
     LoRAConv1D,
     LoRAEmbedding,
@@ -43,7 +44,7 @@ from lora_from_scratch.variants.vera import (
 )
 
 Config = LoRAConfig | VeRAConfig | AdaLoRAConfig  # DyLoRAConfig is the first
-LAYERS = (LoRALinear, LoRAConv1D, LoRAEmbedding)
+LAYERS = (LoRALinear, LoRAConv1D, LoRAConv2d, LoRAEmbedding)
 
 
 def ends_with(name: str, endings: Sequence[str]) -> bool:
@@ -112,8 +113,8 @@ def match_targets(
         if not any(layer._accepts(module) for layer in LAYERS):
             raise ValueError(
                 f"target {name!r} is a {type(module).__name__}; LoRA here "
-                "wraps nn.Linear, NF4Linear, transformers' Conv1D and "
-                "nn.Embedding" + (_pattern_hint(targets, modules) or "")
+                "wraps nn.Linear, NF4Linear, transformers' Conv1D, nn.Conv2d "
+                "and nn.Embedding" + (_pattern_hint(targets, modules) or "")
             )
     return found
 

@@ -121,7 +121,7 @@ class LoRALayer(nn.Module):
                 "dequantize the base first (NF4: dequantize_model(model)), or "
                 "use plain LoRA over NF4"
             )
-        d_out, d_in = weight.T.shape if self.transposed else weight.shape
+        d_out, d_in = self._sides(weight)
         check_rank(r)
         if r > min(d_in, d_out):
             raise ValueError(
@@ -137,11 +137,21 @@ class LoRALayer(nn.Module):
             dtype=torch.promote_types(weight.dtype, torch.float32),
             device=weight.device,
         )
-        self.lora_A = nn.Parameter(torch.zeros(r, d_in, **new))
-        self.lora_B = nn.Parameter(torch.zeros(d_out, r, **new))
+        shape_A, shape_B = self._factor_shapes(r)
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, **new))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, **new))
         self.merged = False
         self.train(base_layer.training)
         self.reset_parameters()
+
+    def _sides(self, weight):
+        """Return d_out and d_in of W0 as a matrix."""
+        return weight.T.shape if self.transposed else weight.shape
+
+    def _factor_shapes(self, r):
+        """Return the shapes of A and B."""
+        d_out, d_in = self._sides(self.weight)
+        return (r, d_in), (d_out, r)
 
     def reset_parameters(self) -> None:
         """Draw A, set B = 0: the layer starts exactly at the base layer.

@@ -135,8 +135,9 @@ def combine(
         total += float(energy)
         ranks[module] = len(A)
         for end, factor in ((ending, A), (FACTORS[ending], B)):
+            shape = len(factor), *_kernel(module, end, read, factor)
             key = PREFIX + module + end
-            tensors[key] = factor.to(dtype).contiguous()
+            tensors[key] = factor.reshape(shape).to(dtype).contiguous()
     lost = max(0.0, 1 - kept / total) if total else 0.0
     settings, metadata = _files(read, ranks, base)
     folder = Path(folder or tempfile.mkdtemp(prefix="adapter-"))
@@ -205,9 +206,19 @@ def _check_arguments(adapters, weights, method, given):
 def _factors(adapter):
     """Return {module: (ending of A's key, A, scaling B)} in float64."""
     return {
-        module: (end, A.double(), scaling * B.double())
+        module: (end, A.double().flatten(1), scaling * B.double().flatten(1))
         for module, (end, A, B, scaling) in lora_factors(adapter).items()
     }
+
+
+def _kernel(module, end, read, factor):
+    """Return the axes of a factor after its first, as the adapters have them.
+
+    A of a convolution is (r, c_in, k, k) in the file, B is (c_out, r, 1, 1).
+    """
+    found = (a.tensors.get(module + end) for a in read.values())
+    axes = next(t.shape[2:] for t in found if t is not None)
+    return -1 if axes.numel() > 1 else factor.shape[1], *axes
 
 
 def _common_base(read):

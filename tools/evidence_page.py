@@ -36,6 +36,7 @@ ABOUT = {
     "bitsandbytes": "Two defects of a library that depend on the processor.",
     "doctor": "Planted faults that the doctor finds, and what it says of "
     "healthy runs.",
+    "diffusion": "A concept taught to a small image model, with three seeds.",
     "family_cost": "Time of a training step and of a request, method by "
     "method.",
     "grading": "A class of made-up submissions, hostile ones too, graded.",

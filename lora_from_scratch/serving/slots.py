@@ -350,7 +350,8 @@ class AdapterSlots:
                 f"{folder} adapts {name}, which is no linear layer; a mixed "
                 "batch cannot serve it: merge it into a model"
             )
-        if (A.shape[1], len(B)) != (layer.d_in, layer.d_out):
+        matrices = A.ndim == B.ndim == 2
+        if not matrices or (A.shape[1], len(B)) != (layer.d_in, layer.d_out):
             raise AdapterError(
                 f"{folder}: factors {tuple(A.shape)} and {tuple(B.shape)} do "
                 f"not fit {name}, which has {layer.d_in} inputs and "
