@@ -678,3 +678,10 @@ def test_a_name_of_a_label_that_begins_as_another_is_refused():
     data = parse({"name": "t", "data": labels}).data
     with pytest.raises(ValueError, match="begin with the same token"):
         Task(data, load_base("tiny")[1])
+
+
+@pytest.mark.parametrize("start", [-1, 9, 10])
+def test_a_start_outside_the_run_is_an_error(start):
+    model, optimizer, found = started()
+    with pytest.raises(ValueError, match="start must be in 0..8"):
+        train(model, found, 9, 1e-2, optimizer=optimizer, start=start)
