@@ -16,7 +16,7 @@ LAYERS = [
     {"linear"},
     {"variants"},
     {"inject"},
-    {"ablations", "adapters", "data", "family", "models", "results", "train"},
+    {"ablations", "adapters", "data", "family", "models", "results", "rl", "train"},
     {"merging", "serving"},
     {"doctor", "plots", "widgets"},
     {"__main__"},
