@@ -91,6 +91,8 @@ def test_dpo_is_trls():
         )
         out = MagicMock()
         out.log_probs = log_probs
+        out.mean_logits = out.entropy = torch.zeros_like(log_probs)
+        out.is_top1 = torch.zeros_like(log_probs).bool()
         return out
 
     trainer = MagicMock()
@@ -102,6 +104,7 @@ def test_dpo_is_trls():
     trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
     trainer.use_weighting = False
     trainer.accelerator.gather_for_metrics = lambda x: x
+    trainer.accelerator.gather = lambda x: x
     trainer.accelerator.device = torch.device("cpu")
     found = DPOTrainer._compute_loss(
         trainer,

@@ -5,6 +5,7 @@ from lora_from_scratch.widgets.batch_scheduler import BatchScheduler
 from lora_from_scratch.widgets.memory_calculator import MemoryCalculator
 from lora_from_scratch.widgets.nf4_explorer import NF4Explorer
 from lora_from_scratch.widgets.rank_explorer import RankExplorer
+from lora_from_scratch.widgets.reward_explorer import RewardExplorer
 from lora_from_scratch.widgets.variant_diagram import VariantDiagram
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "MemoryCalculator",
     "NF4Explorer",
     "RankExplorer",
+    "RewardExplorer",
     "VariantDiagram",
 ]
