@@ -61,7 +61,7 @@ PATH, PAIRS = RESULTS / "rlhf.json", RESULTS / "rlhf_pairs.json"
 PROMPT, ANSWER, BATCH, GROUP, N_TEST = 8, 32, 32, 8, 128
 STEPS = {"ppo": 24, "grpo": 16, "sft": 30, "dpo": 30, "small": 16}
 LR, DPO_LR, DPO_BETA = 3e-3, 1e-3, 0.1
-RATES = {1: [3e-3, 1e-2], 8: [1e-3, 3e-3], 0: [3e-4, 1e-3]}
+RATES = {0: [1e-4, 3e-4, 1e-3], 1: [1e-3, 3e-3, 1e-2], 8: [1e-3, 3e-3, 1e-2]}
 OUTCOMES = {
     "curve",
     "samples",
@@ -469,6 +469,11 @@ def record(path):
             "batch_size": BATCH,
             "group": GROUP,
             "n_test": N_TEST,
+            "small": {
+                "tokens": SMALL_ANSWER,
+                "questions": SMALL_TRAIN,
+                "test": SMALL_TEST,
+            },
         },
         OUTCOMES | {"n_pairs", "before"},
         ["cpu_seconds"],
@@ -488,9 +493,9 @@ def main():
     rows.row({"what": "dpo", "r": 8, "lr": DPO_LR, "beta": DPO_BETA, "seed": 0})
     rows.row({"what": "sft", "r": 8, "lr": DPO_LR, "seed": 0})
     best = {}
-    for r in (1, 8, 0):
+    for r, rates in RATES.items():
         tried = []
-        for lr in RATES[r]:
+        for lr in rates:
             setting = {"what": "grpo", "r": r, "lr": lr, "beta": 0.02}
             tried.append(rows.row({**setting, "seed": 0}))
         best[r] = max(tried, key=lambda row: row["rule"])["lr"]
