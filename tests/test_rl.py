@@ -1,6 +1,5 @@
 """Tests for lora_from_scratch/rl.py: one test per claim in notebook 17."""
 
-import copy
 import math
 
 import pytest
@@ -256,7 +255,7 @@ def talkative():
     """Return a GPT-2 whose logits are far enough apart to say something."""
     model = gpt2()
     with torch.no_grad():
-        model.transformer.wte.weight.mul_(20)
+        model.transformer.wte.weight.mul_(6)
     return model
 
 
@@ -283,22 +282,23 @@ def test_a_new_policy_is_the_reference_exactly():
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_training_raises_what_is_rewarded_and_leaves_the_base(method):
     model = add_lora(talkative(), LoRAConfig(r=4, lora_alpha=8))
-    before = copy.deepcopy(logits(talkative()))
+    before = logits(talkative())
     head = nn.Linear(24, 1).double()
-    optimizer = torch.optim.Adam(
-        [*lora_parameters(model), *head.parameters()], lr=3e-2
-    )
+    nn.init.zeros_(head.weight)
+    trained = [*lora_parameters(model)]
+    trained += head.parameters() if method == "ppo" else []
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    prompts = ids()[:, :4].repeat_interleave(8, 0)
+    prompts = ids()[:, :4].repeat_interleave(16, 0)
     scores = []
-    for _ in range(15):
+    for _ in range(10):
         drawn = rollout(model, prompts, 3, low, generator)
         scores.append(float(drawn.scores.mean()))
         if method == "ppo":
             ppo_step(model, head, optimizer, drawn, beta=0.0)
         else:
-            grpo_step(model, optimizer, drawn, group=8, beta=0.0)
-    assert scores[0] < 1.5 and sum(scores[-3:]) / 3 > 1.8
+            grpo_step(model, optimizer, drawn, group=16, beta=0.0)
+    assert scores[0] < 1.1 and sum(scores[-3:]) / 3 > 1.4
     with adapter_off(model):
         assert torch.equal(logits(model), before)
 
@@ -307,7 +307,7 @@ def test_a_high_price_of_kl_keeps_the_policy_at_home():
     kl = {}
     for beta in (0.0, 3.0):
         model = add_lora(talkative(), LoRAConfig(r=4, lora_alpha=8))
-        optimizer = torch.optim.Adam(lora_parameters(model), lr=3e-2)
+        optimizer = torch.optim.Adam(lora_parameters(model), lr=1e-2)
         generator = torch.Generator().manual_seed(0)
         prompts = ids()[:, :4].repeat_interleave(8, 0)
         for _ in range(10):
