@@ -126,7 +126,7 @@ def make_pairs():
         "python tools/record_rlhf.py",
         "tiny",
         time.process_time() - begin,
-        seeds=[0],
+        generator="drawn with seed 0",
         rows="ids of the prompt, of the preferred answer, of the other",
         drawn=1024,
     )
