@@ -57,6 +57,9 @@ ABOUT = {
     "whole run, and llama.cpp on its GGUF file.",
     "qlora": "LoRA over 16 bits against LoRA over 4 bits on a pretrained "
     "model.",
+    "rlhf": "PPO, DPO, GRPO and fine-tuning on preferred answers: score, "
+    "wish, KL.",
+    "rlhf_pairs": "Pairs of the tiny model's answers that a rule tells apart.",
     "serving_load": "A server under load, with adapters coming and going.",
     "seven_b": "Training steps through seven billion weights on a laptop's "
     "processor.",

@@ -6,6 +6,7 @@ from lora_from_scratch.widgets.diffusion_explorer import DiffusionExplorer
 from lora_from_scratch.widgets.memory_calculator import MemoryCalculator
 from lora_from_scratch.widgets.nf4_explorer import NF4Explorer
 from lora_from_scratch.widgets.rank_explorer import RankExplorer
+from lora_from_scratch.widgets.reward_explorer import RewardExplorer
 from lora_from_scratch.widgets.variant_diagram import VariantDiagram
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "MemoryCalculator",
     "NF4Explorer",
     "RankExplorer",
+    "RewardExplorer",
     "VariantDiagram",
 ]
