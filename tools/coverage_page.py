@@ -43,13 +43,7 @@ SHORT = {  # what a link says in front of the heading
     "reading": "what to read",
     "self_test": "self-test",
 }
-PLANNED = {  # lessons of part 6, by number
-    "16": "pitfalls",
-    "17": "reinforcement learning",
-    "18": "pictures",
-    "19": "a production pipeline",
-    "20": "where it leads",
-}
+PLANNED = {"20": "where it leads"}  # lessons not written, by number
 WAITS = re.compile(r"planned (\d\d)")
 EXERCISE = re.compile(r"Exercise (\d+\.\d+)\b")
 SAYING = re.compile(r"“.+?”")
@@ -160,7 +154,7 @@ def where(item: list[str], root: Path = pages.ROOT) -> str:
             )
     words = [link(x, root) for x in item[1:] if not WAITS.fullmatch(x)]
     if waits:
-        words.append("part 6, planned: " + ", ".join(PLANNED[n] for n in waits))
+        words.append("planned: " + ", ".join(PLANNED[n] for n in waits))
     if not words:
         raise ValueError("it has no place")
     return "<br>".join(words)  # a line each
@@ -178,7 +172,7 @@ def counts() -> list[str]:
         f"The list has {len(every)} items in {len(groups())} groups. Of these "
         f"{len(every) - len(waiting)} are answered here, {at_the_end} of them "
         "mainly by the section at the end of this page. The other "
-        f"{len(waiting)} need part 6, which is planned and not written; "
+        f"{len(waiting)} need a last lesson, planned and not written; "
         f"{some} of them have a first answer in the meantime, and for "
         f"{len(waiting) - some} there is nothing yet."
     ]

@@ -53,7 +53,7 @@ def stops(reading: str = "", doing: str = "") -> list[Stop]:
 PATHS = {
     "evening": stops(reading="01 03 04 06"),
     "week": stops(reading="02 05 06 09 10 12", doing="01 03 04"),
-    "course": stops(doing=" ".join(f"{n:02}" for n in range(1, 17))),
+    "course": stops(doing=" ".join(f"{n:02}" for n in range(1, 20))),
 }
 
 
