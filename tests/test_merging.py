@@ -612,7 +612,7 @@ def test_an_adapter_that_stood_there_is_replaced_or_stays_whole(
     expected = dense_sum(two, {"a": 1, "b": 2})
     with monkeypatch.context() as patch:
         patch.setattr(
-            "lora_from_scratch.adapters.save_file",
+            "lora_from_scratch.adapters.Path.write_bytes",
             lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")),
         )
         with pytest.raises(AdapterError, match="disk full"):
