@@ -36,7 +36,7 @@
     inference: "serving request", decrease: "fall", converge: "fall",
     stuck: "fall", vram: "memory", oom: "memory", checkpoint: "saved file",
     tenant: "customer", swap: "switching", install: "setup",
-    format: "file" };
+    format: "file", many: "sixteen" };
   const GREEK = { α: "alpha", β: "beta", γ: "gamma", δ: "delta", η: "eta",
     λ: "lambda", σ: "sigma", τ: "tau" };
 
